@@ -1,0 +1,115 @@
+"""What a solver is given and what it returns: tensors alone, no graph and no spec file.
+
+A solver decomposes one weight once, into terms ordered by what they are worth; every rank is then a slice of it. So a
+plan with another budget costs no new decomposition.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lrc.spec.base import Tagged
+from lrc.spec.registry import SOLVERS
+
+
+class Need(StrEnum):
+    """A statistic that a solver asks for; nothing else is measured."""
+
+    INPUTS = "inputs"  # gram, mean, tokens
+    GRADIENTS = "gradients"  # fisher
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What calibration says about one weight, in float64. Unpadded tokens only; uses of a shared weight are summed.
+
+    gram:   mean over tokens of x xᵀ, shape (in_features, in_features).
+    mean:   mean over tokens of x, shape (in_features,).
+    fisher: mean over tokens of g gᵀ, g = dL/dy of the loss summed over tokens, shape (out_features, out_features).
+    cross:  mean of x x̃ᵀ, x from the dense model and x̃ from the compressed one (`gram` is then that of x̃), or None.
+    tokens: how many tokens the means are over.
+    """
+
+    gram: Tensor | None = None
+    mean: Tensor | None = None
+    fisher: Tensor | None = None
+    cross: Tensor | None = None
+    dense_mean: Tensor | None = None
+    tokens: int = 0
+
+
+class Factors(NamedTuple):
+    """A rank-r approximation `B @ A` of a weight and the bias that goes with it, in the weight's dtype."""
+
+    B: Tensor  # (out_features, rank)
+    A: Tensor  # (rank, in_features)
+    bias: Tensor | None  # (out_features,)
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A weight as ordered terms: `B[:, :r] @ A[:r]` is the best rank-r choice of the solver, for every r <= len(S).
+
+    B: (out_features, k), A: (k, in_features), S: (k,) descending, non-negative, in the solver's norm; float32 or float64.
+    remainder: squared norm beyond the k stored terms (0 when k is full).
+    scale, unit: loss(r) = scale * (sum of S[r:]² + remainder), in `unit` ("nats per token", "squared output error", …).
+    bias: the layer's own bias, or None. mean: mean input (in_features,) when the bias shall absorb the mean of what is
+    dropped (b_r = b + target - B_r A_r mean, with target = the mean output without bias, (out_features,)), or None.
+    notes: what the solver had to do that the user should know (a fallback, a raised damping), for plan and report.
+    """
+
+    B: Tensor
+    A: Tensor
+    S: Tensor
+    remainder: float = 0.0
+    scale: float = 1.0
+    unit: str = "squared weight error"
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    target: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+    def losses(self) -> Tensor:
+        """Return loss(r) for r = 0 … k, shape (k + 1,), float64, non-increasing."""
+        squares = self.S.double().square()
+        tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+        return self.scale * (tails + self.remainder)
+
+    def truncate(self, rank: int, dtype: torch.dtype) -> Factors:
+        """Return the rank-`rank` factors in `dtype`. 1 <= rank <= len(S)."""
+        B, A = self.B[:, :rank], self.A[:rank]
+        bias = self.bias
+        if self.mean is not None and self.target is not None:
+            shift = self.target.double() - B.double() @ (A.double() @ self.mean.double())
+            bias = shift if bias is None else bias.double() + shift
+        return Factors(B.to(dtype).contiguous(), A.to(dtype).contiguous(), None if bias is None else bias.to(dtype))
+
+
+class SolverOptions(Tagged):
+    """The options of a solver; `needs` says what must be measured for it."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+
+class Solve(Protocol):
+    """The signature of a solver."""
+
+    def __call__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        moments: Moments,
+        max_rank: int,
+        options: SolverOptions,
+        generator: torch.Generator,
+    ) -> Decomposition:
+        """Decompose `weight` (out_features, in_features) into at least `max_rank` terms where it has that many."""
+
+
+def solver(options: type[SolverOptions]) -> Callable[..., object]:
+    """Tie a solver to its options model (see `lrc.spec.registry`)."""
+    return SOLVERS.rule(options)

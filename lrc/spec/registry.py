@@ -1,0 +1,150 @@
+"""Registries: how passes, solvers, rank policies, metrics and exporters are found, ours and a stranger's alike.
+
+A decorator (`registry.rule(Options)`) ties a function to its options model and does nothing else. What is available is
+said in one place per kind: a package lists its rules under an entry-point group (`lrc.passes`, `lrc.solvers`, …), and
+the value of an entry point is one rule or a tuple of rules. `register` adds one from Python.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import PydanticCustomError, core_schema
+
+from lrc.spec.base import SpecModel
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Rule(Generic[P, R]):
+    """A function tied to its options model; calling the rule calls the function."""
+
+    name: str
+    options: type[SpecModel]
+    function: Callable[P, R]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    @property
+    def where(self) -> str:
+        """The function's module and name, for messages."""
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+
+def tag_of(options: type[SpecModel]) -> str:
+    """Return the word by which a spec names `options`: the value of its `type` (`format`), or its one required key."""
+    for key in ("type", "format"):
+        if key in options.model_fields:
+            return str(options.model_fields[key].default)
+    required = [name for name, field in options.model_fields.items() if field.is_required()]
+    if len(required) != 1:
+        raise TypeError(f"{options.__qualname__} needs a `type` with a default, or exactly one required key")
+    return required[0]
+
+
+class Registry:
+    """The rules of one kind, by name. Entry points are read at the first look-up, never at import."""
+
+    def __init__(self, kind: str, group: str, *, tag: str = "type") -> None:
+        self.kind = kind
+        self.group = group
+        self.tag = tag
+        self._rules: dict[str, Rule[Any, Any]] = {}
+        self._loaded = False
+
+    def rule(self, options: type[SpecModel]) -> Callable[[Callable[P, R]], Rule[P, R]]:
+        """Tie the decorated function to `options`. Registers nothing."""
+
+        def decorate(function: Callable[P, R]) -> Rule[P, R]:
+            return Rule(tag_of(options), options, function)
+
+        return decorate
+
+    def register(self, rule: Rule[Any, Any]) -> None:
+        """Add a rule. Raises ValueError when the name is taken, and names both functions."""
+        known = self._rules.get(rule.name)
+        if known is not None and known != rule:
+            raise ValueError(f"{self.kind} {rule.name!r} is registered twice: {known.where} and {rule.where}")
+        self._rules[rule.name] = rule
+
+    def load(self) -> None:
+        """Read the entry points of the group, once."""
+        if self._loaded:
+            return
+        self._loaded = True
+        for entry in sorted(entry_points(group=self.group), key=lambda e: (e.name != "builtin", e.name, e.value)):
+            found = entry.load()
+            for rule in found if isinstance(found, tuple) else (found,):
+                self.register(rule)
+
+    def __iter__(self) -> Iterator[Rule[Any, Any]]:
+        self.load()
+        return iter(self._rules.values())
+
+    def names(self) -> list[str]:
+        """Return the known names, sorted."""
+        return sorted(rule.name for rule in self)
+
+    def get(self, name: str) -> Rule[Any, Any]:
+        """Return the rule called `name`. Raises ValueError that lists the known names and offers the nearest."""
+        self.load()
+        if name not in self._rules:
+            near = difflib.get_close_matches(name, self._rules, n=1)
+            offer = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}.{offer}")
+        return self._rules[name]
+
+    def for_options(self, options: SpecModel) -> Rule[Any, Any]:
+        """Return the rule whose options model `options` is an instance of."""
+        return self.get(tag_of(type(options)))
+
+
+class Registered:
+    """Annotation of a field whose value is an options model out of a registry.
+
+    A bare word stands for an object with that `type` alone. `Annotated[SpecModel, Registered(SOLVERS)]`.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+
+    def validate(self, value: Any) -> SpecModel:
+        """Turn a word, a mapping or an options object into the options object."""
+        if isinstance(value, SpecModel):
+            return value
+        tag = self.registry.tag
+        if isinstance(value, str):
+            value = {tag: value}
+        if not isinstance(value, dict) or not isinstance(value.get(tag), str):
+            raise PydanticCustomError(
+                "registered_type",
+                "expected a {kind}: a name, or a mapping with `{tag}`; known: {known}",
+                {"kind": self.registry.kind, "tag": tag, "known": ", ".join(self.registry.names())},
+            )
+        return self.registry.get(value[tag]).options.model_validate(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self.validate, serialization=core_schema.plain_serializer_function_ser_schema(lambda v: v.model_dump())
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        words = [{"const": name} for name in self.registry.names()]
+        models = [handler(rule.options.__pydantic_core_schema__) for rule in self.registry]
+        return {"anyOf": [*words, *models]}
+
+
+PASSES = Registry("pass", "lrc.passes")
+SOLVERS = Registry("solver", "lrc.solvers")
+RANKS = Registry("rank policy", "lrc.ranks")
+METRICS = Registry("metric", "lrc.metrics")
+EXPORTERS = Registry("export format", "lrc.exporters", tag="format")
