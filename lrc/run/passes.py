@@ -1,0 +1,87 @@
+"""What a pass is, and how one is written.
+
+A weight-level pass is a function from one site to a map (`@site_pass`): the runner finds the sites, asks the rank policy,
+calls it, puts the map in place and checks the graph. A graph-level pass has the two halves of every pass itself
+(`@program_pass`): `plan`, pure, and `apply`. Both are found by entry points of the group `lrc.passes`, ours and a
+stranger's.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+
+from pydantic import Field
+
+from lrc.program import Program
+from lrc.ranks import RankField
+from lrc.run.plan import Decision
+from lrc.solvers import Decomposition, Moments, Need, SolverOptions
+from lrc.spec.base import Tagged
+from lrc.spec.registry import PASSES, SOLVERS, Registered, Rule
+
+if TYPE_CHECKING:
+    from lrc.run.session import Session
+
+
+class PassOptions(Tagged):
+    """What every pass has: the sites that it may touch."""
+
+    targets: list[str] = Field(
+        default=["**"], min_length=1, description="Patterns of the sites to change; ordered, the last match wins."
+    )
+    ignore: list[str] = Field(default=[], description="Patterns of sites that stay as they are.")
+    optional: bool = Field(default=False, description="Let a pattern match nothing; otherwise that is an error.")
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+
+class RankedOptions(PassOptions):
+    """A pass whose maps have a rank, chosen from a decomposition of every weight."""
+
+    solver: Annotated[SolverOptions, Registered(SOLVERS)] = Field(
+        description="How a weight is decomposed: a name, or a mapping with `type`."
+    )
+    rank: RankField = Field(description="A rank for every site, or one budget over all of them.")
+    allocate: Literal["global", "uniform"] = Field(
+        default="global", description="How a budget over all targets is shared: by marginal loss, or equally."
+    )
+    form: Literal["auto", "two_factor", "pivoted"] = Field(
+        default="auto", description="How a rank-r product is stored: r(m+n) or r(m+n-r) numbers; auto: the smaller."
+    )
+    round_to: int = Field(default=1, ge=1, description="Ranks are multiples of this.")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of one site: its calibration moments, and for a ranked pass the decomposition of its weight."""
+
+    moments: Moments
+    terms: Decomposition | None = None
+
+    @property
+    def decomposition(self) -> Decomposition:
+        """The decomposition that every ranked pass is given."""
+        assert self.terms is not None, "only a ranked pass has a decomposition"
+        return self.terms
+
+
+class ProgramPass(Protocol):
+    """The two halves of a pass."""
+
+    def plan(self, program: Program, session: "Session", options: Any, index: int) -> Sequence[Decision]:
+        """Decide, changing nothing. `index` is the place of the pass in the spec."""
+
+    def apply(
+        self, program: Program, session: "Session", options: Any, decisions: Sequence[Decision]
+    ) -> Sequence[Decision]:
+        """Edit the program as decided. Return the decisions as they were carried out (fallbacks noted)."""
+
+
+def program_pass(options: type[PassOptions]) -> Callable[[type[ProgramPass]], Rule[[], ProgramPass]]:
+    """Tie a class with the methods `plan` and `apply` to its options model. Registers nothing."""
+    return PASSES.rule(options)
+
+
+def pass_for(options: PassOptions) -> ProgramPass:
+    """Return the pass that carries out `options`."""
+    made: ProgramPass = PASSES.for_options(options)()
+    return made

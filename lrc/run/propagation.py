@@ -1,0 +1,40 @@
+"""`propagate: compressed`: every group of sites is solved behind the groups that are already compressed."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lrc.measure import Lockstep
+from lrc.program import Program
+from lrc.run.session import Session
+from lrc.solvers import Moments
+
+
+def in_groups(program: Program, fqns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return, for every site, the sites that must be compressed before it: those of the group before, in graph order.
+
+    Sites that read the same value are one group and do not wait for each other.
+    """
+    groups: list[list[str]] = []
+    inputs: list[str] = []
+    for fqn in sorted(fqns, key=program.position):
+        read = program.input_of(fqn)
+        if inputs and inputs[-1] == read:
+            groups[-1].append(fqn)
+        else:
+            groups.append([fqn])
+            inputs.append(read)
+    before: dict[str, tuple[str, ...]] = {}
+    for earlier, group in zip([[], *groups], groups, strict=False):
+        before |= dict.fromkeys(group, tuple(earlier))
+    return before
+
+
+def lockstep(program: Program, session: Session, options: Any) -> Callable[[str], Moments]:
+    """Return a function from a site to its moments behind the compressed program, to be called in graph order."""
+    gradients = session.moments(program.clone(), options.solver.needs, options.solver)
+    walk = Lockstep(program.clone(), program, session.batches)
+
+    def of(fqn: str) -> Moments:
+        return walk.advance_to(fqn, gradients(fqn))
+
+    return of

@@ -1,0 +1,156 @@
+"""What the passes of one run share: calibration data, statistics, the cache and a way to report progress."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from lrc.data import Batches
+from lrc.errors import UsageError
+from lrc.measure import Cache, collect, digest
+from lrc.program import Program, Site
+from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
+from lrc.solvers import Decomposition, Moments, Need
+from lrc.spec.registry import SOLVERS
+
+T = TypeVar("T")
+MomentsOf = Callable[[str], Moments]
+
+
+class Progress(Protocol):
+    """Where a run tells how far it is."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` steps of `stage` are finished."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+class Session:
+    """The shared state of one run.
+
+    batches: makes the calibration batches, called at most once and only when a statistic is needed.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: Cache,
+        batches: Callable[[], Batches],
+        seed: int = 0,
+        spec_path: Path | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self.cache = cache
+        self.seed = seed
+        self.progress = progress
+        self.spec_path = spec_path
+        self._make_batches = batches
+        self._batches: Batches | None = None
+        self._moments: dict[str, dict[str, Moments]] = {}
+        self.workers = os.cpu_count() or 1
+
+    @property
+    def batches(self) -> Batches:
+        """The calibration batches."""
+        if self._batches is None:
+            self._batches = self._make_batches()
+        return self._batches
+
+    def where(self, index: int) -> str:
+        """Return the place of a pass in the spec, for messages."""
+        return f"{self.spec_path.name if self.spec_path else 'spec'}: passes.{index}"
+
+    def track(self, stage: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:
+        """Yield the items, reporting progress."""
+        if total is None:
+            items = list(items)
+            total = len(items)
+        self.progress(stage, 0, total)
+        for done, item in enumerate(items, 1):
+            yield item
+            self.progress(stage, done, total)
+
+    def measured_key(self, program: Program, needs: frozenset[Need], options: Any = None) -> str:
+        """Return the content hash of everything that a collection of moments depends on."""
+        if not needs:
+            return "nothing"
+        fisher = (getattr(options, "fisher", None), getattr(options, "draws", 1)) if Need.GRADIENTS in needs else ()
+        return digest(
+            "moments-1", program.digest(), self.batches.digest, sorted(needs), fisher, self.seed,
+            torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
+        )  # fmt: skip
+
+    def moments(self, program: Program, needs: frozenset[Need], options: Any = None) -> MomentsOf:
+        """Return a function from a site's name to its moments; all sites are measured together, at the first call."""
+        if not needs:
+            return empty_moments
+        key = self.measured_key(program, needs, options)
+
+        def of(fqn: str) -> Moments:
+            if key not in self._moments:
+                self._moments[key] = self._collect(program, key, needs, options)
+            return self._moments[key][fqn]
+
+        return of
+
+    def _collect(self, program: Program, key: str, needs: frozenset[Need], options: Any) -> dict[str, Moments]:
+        return collect(
+            program,
+            self.batches,
+            {fqn: needs for fqn in program.sites},
+            fisher=getattr(options, "fisher", "sampled"),
+            draws=getattr(options, "draws", 1),
+            seed=self.seed,
+            cache=self.cache,
+            key=key,
+            progress=lambda done, total: self.progress("calibrate", done, total),
+        )
+
+    def decompose(self, program: Program, fqns: Sequence[str], options: Any) -> Terms:
+        """Return the decompositions of `fqns` for a ranked pass; those that the cache lacks are computed, in parallel."""
+        solver, sites = options.solver, program.sites
+        key = self.measured_key(program, solver.needs, solver)
+        keys = {fqn: terms_key(sites[fqn], key, solver, max_rank(sites[fqn], options)) for fqn in fqns}
+        terms = Terms(self.cache, keys)
+        missing = terms.missing()
+        if missing:
+            moments = self.moments(program, solver.needs, solver)
+            moments(missing[0])
+
+            def solve(fqn: str) -> None:
+                terms.store(fqn, self.solve(sites[fqn], moments(fqn), options))
+
+            for _ in self.track("decompose", solve_all(missing, solve, self.workers), len(missing)):
+                continue
+        return terms
+
+    def solve(self, site: Site, moments: Moments, options: Any) -> Decomposition:
+        """Decompose the weight of one site."""
+        weight, bias = site.map.dense()
+        generator = generator_for(site.fqn, self.seed)
+        found = SOLVERS.for_options(options.solver)(
+            weight, bias, moments, max_rank(site, options), options.solver, generator
+        )
+        assert isinstance(found, Decomposition)
+        return found
+
+
+def max_rank(site: Site, options: Any) -> int:
+    """Return how many terms a pass can use at most. Raises UsageError for a rank that is not possible."""
+    full = min(site.out_features, site.in_features)
+    rank = options.rank
+    if isinstance(rank, int):
+        if rank > full:
+            raise UsageError(
+                site.fqn,
+                expected=f"rank <= {full} (min of in_features={site.in_features}, out_features={site.out_features})",
+                got=str(rank),
+                hint="Lower `rank`, or name the site under `ignore`",
+            )
+        return rank
+    return full

@@ -1,0 +1,116 @@
+"""Decompositions on disk: computed once for a weight, its statistics and a solver; every rank and budget reads them again."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc.measure import Cache, digest
+from lrc.program import Site
+from lrc.ranks import SiteCurve
+from lrc.solvers import Decomposition, Moments
+
+OPTIONAL = ("bias", "mean", "target")
+
+
+def pack(terms: Decomposition) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split a decomposition into what planning reads (small) and what applying reads (the factors)."""
+    words = json.dumps([terms.remainder, terms.scale, terms.unit, list(terms.notes)]).encode()
+    small = {"S": terms.S, "words": torch.frombuffer(bytearray(words), dtype=torch.uint8)}
+    small |= {name: value for name in OPTIONAL if (value := getattr(terms, name)) is not None}
+    return small, {"B": terms.B, "A": terms.A}
+
+
+def unpack(small: dict[str, Tensor], factors: dict[str, Tensor] | None = None) -> Decomposition:
+    """Put together what `pack` split; without the factors, B and A are empty and only the spectrum is of use."""
+    remainder, scale, unit, notes = json.loads(bytes(small["words"].tolist()))
+    nothing = small["S"].new_empty(0)
+    factors = factors or {"B": nothing, "A": nothing}
+    optional = {name: small.get(name) for name in OPTIONAL}
+    return Decomposition(
+        factors["B"], factors["A"], small["S"], remainder, scale, unit, notes=tuple(notes), **optional
+    )
+
+
+class Terms:
+    """The decompositions of one pass, by site."""
+
+    def __init__(self, cache: Cache, keys: dict[str, str]) -> None:
+        self._cache = cache
+        self._keys = keys
+        self._spectra: dict[str, Decomposition] = {}
+
+    def missing(self) -> list[str]:
+        """Return the sites whose decomposition is not stored yet."""
+        for fqn, key in self._keys.items():
+            small = None if fqn in self._spectra else self._cache.get(f"{key}-spectrum")
+            if small is not None:
+                self._spectra[fqn] = unpack(small)
+        return [fqn for fqn in self._keys if fqn not in self._spectra]
+
+    def store(self, fqn: str, terms: Decomposition) -> None:
+        """Store one decomposition; the spectrum last, since it says that the factors are there."""
+        small, factors = pack(terms)
+        self._cache.put(f"{self._keys[fqn]}-factors", factors)
+        self._cache.put(f"{self._keys[fqn]}-spectrum", small)
+        self._spectra[fqn] = unpack(small)
+
+    def spectrum(self, fqn: str) -> Decomposition:
+        """Return the decomposition without its factors."""
+        return self._spectra[fqn]
+
+    def full(self, fqn: str) -> Decomposition | None:
+        """Return the decomposition with its factors, or None when the cache lost them."""
+        factors = self._cache.get(f"{self._keys[fqn]}-factors")
+        spectrum = self._spectra[fqn]
+        return None if factors is None else replace(spectrum, B=factors["B"], A=factors["A"])
+
+    def curve(self, site: Site, form: str) -> SiteCurve:
+        """Return what a rank policy looks at."""
+        terms = self._spectra[site.fqn]
+        return SiteCurve(
+            name=site.fqn,
+            out_features=site.out_features,
+            in_features=site.in_features,
+            losses=terms.losses(),
+            S=terms.S,
+            form=form,
+        )
+
+
+def terms_key(site: Site, measured: str, solver: Any, max_rank: int) -> str:
+    """Return the content hash of everything that a decomposition depends on."""
+    weight, bias = site.map.dense()
+    return digest(
+        "decomposition-1", weight, bias, measured, solver.model_dump(), max_rank, torch.__version__, site.fqn
+    )
+
+
+def solve_all(fqns: list[str], solve: Callable[[str], None], workers: int) -> Iterator[str]:
+    """Solve sites in parallel, one thread each, so that the bytes do not depend on how many are solved at a time.
+
+    Yields every site's name when it is solved and stored.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            names = {pool.submit(solve, fqn): fqn for fqn in fqns}
+            for future in as_completed(names):
+                future.result()
+                yield names[future]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def generator_for(fqn: str, seed: int) -> torch.Generator:
+    """Return a generator whose seed comes from the site's name, never from the order of solving."""
+    return torch.Generator().manual_seed(int(digest("generator", fqn, seed)[:15], 16))
+
+
+def empty_moments(_: str) -> Moments:
+    """Return no statistics, for solvers and passes that ask for none."""
+    return Moments()

@@ -1,0 +1,31 @@
+"""merge: constant folding on maps.
+
+    Chain(Chain(C, B), A)         ->  Chain(C, B, A), neighbours multiplied out where that is cheaper
+    Sum(Chain(B, A), Chain(D, C)) ->  Chain([B D], [A; C])
+    Scale(Dense, s)               ->  Dense, and so on for Diagonal and identity permutations
+    anything, with `dense: true`  ->  Dense(X.dense())
+
+Running it twice changes nothing the second time.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from lrc.maps import LinearMap, fold, simplify
+from lrc.program import Site
+from lrc.run import Keep, PassOptions, Statistics, site_pass
+
+
+class Merge(PassOptions):
+    """Fold maps together where that makes them no larger and no slower."""
+
+    type: Literal["merge"] = "merge"
+    dense: bool = Field(default=False, description="Fold every map to one dense weight, even where that is larger.")
+
+
+@site_pass(Merge)
+def merge(site: Site, statistics: Statistics, options: Merge) -> LinearMap | Keep:
+    """X -> the cheapest equal map that the rules of `lrc.maps.simplify` reach, or Dense(X.dense())."""
+    made = fold(site.map) if options.dense else simplify(site.map)[0]
+    return Keep("nothing to fold") if repr(made) == repr(site.map) else made
