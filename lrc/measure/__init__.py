@@ -1,1 +1,19 @@
+"""Measuring: statistics of sites and latency on this device, computed once and cached by content."""
 
+from lrc.measure.cache import Cache, digest
+from lrc.measure.collect import collect
+from lrc.measure.latency import Latency, measure_latency, speedup
+from lrc.measure.lockstep import Lockstep
+from lrc.measure.spectrum import spectrum, stable_rank
+
+__all__ = [
+    "Cache",
+    "Latency",
+    "Lockstep",
+    "collect",
+    "digest",
+    "measure_latency",
+    "spectrum",
+    "speedup",
+    "stable_rank",
+]

@@ -1,1 +1,7 @@
+"""Captured programs: loading a model, its graph and sites, raising, grafting, printing."""
 
+from lrc.program.inputs import Inputs
+from lrc.program.program import Calling, Origin, Program
+from lrc.program.sites import Names, Site, Use
+
+__all__ = ["Calling", "Inputs", "Names", "Origin", "Program", "Site", "Use"]

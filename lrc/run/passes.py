@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from lrc.maps import LinearMap
 from lrc.program import Program
 from lrc.ranks import RankField
 from lrc.run.plan import Decision
 from lrc.solvers import Decomposition, Moments, Need, SolverOptions
 from lrc.spec.base import Tagged
+from lrc.spec.patterns import check_pattern
 from lrc.spec.registry import PASSES, SOLVERS, Registered, Rule
 
 if TYPE_CHECKING:
@@ -33,6 +35,13 @@ class PassOptions(Tagged):
     optional: bool = Field(default=False, description="Let a pattern match nothing; otherwise that is an error.")
     needs: ClassVar[frozenset[Need]] = frozenset()
 
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _patterns(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            check_pattern(pattern)
+        return patterns
+
 
 class RankedOptions(PassOptions):
     """A pass whose maps have a rank, chosen from a decomposition of every weight."""
@@ -41,20 +50,35 @@ class RankedOptions(PassOptions):
         description="How a weight is decomposed: a name, or a mapping with `type`."
     )
     rank: RankField = Field(description="A rank for every site, or one budget over all of them.")
-    allocate: Literal["global", "uniform"] = Field(
-        default="global", description="How a budget over all targets is shared: by marginal loss, or equally."
+    allocate: Literal["auto", "global", "uniform"] = Field(
+        default="auto",
+        description="How a budget over all targets is shared: by marginal loss per parameter, or equally; auto: global where "
+        "the solver's losses may be compared between layers (kfac), else uniform.",
     )
     form: Literal["auto", "two_factor", "pivoted"] = Field(
         default="auto", description="How a rank-r product is stored: r(m+n) or r(m+n-r) numbers; auto: the smaller."
     )
     round_to: int = Field(default=1, ge=1, description="Ranks are multiples of this.")
+    tied: Literal["keep", "untie", "error"] = Field(
+        default="keep",
+        description="A weight that something else reads too (a head that shares the embedding): leave it dense, give the "
+        "linear its own map, or refuse.",
+    )
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A new map, with what the plan should say about it."""
+
+    map: LinearMap
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Statistics:
     """What is known of one site: its calibration moments, and for a ranked pass the decomposition of its weight."""
 
-    moments: Moments
+    moments: Moments = Moments()
     terms: Decomposition | None = None
 
     @property

@@ -32,8 +32,8 @@ class Summary:
 class Decision:
     """What one pass does with one group of sites.
 
-    sites: fully qualified names, most often one. rule: the pattern that chose them. rank, form: of a low-rank product, or
-    None. predicted: the solver's loss at that rank, in `unit`. keep: the reason why nothing changes, or None.
+    sites: fully qualified names, most often one. rule: the pattern that chose them. rank, full_rank, form: of a low-rank
+    product (full_rank: the largest there could be), or None. predicted: the solver's loss at that rank, in `unit`. keep: the reason why nothing changes, or None.
     after_sites: groups that must be applied before this one (`propagate: compressed`). notes: fallbacks and the like.
     """
 
@@ -44,6 +44,7 @@ class Decision:
     before: Summary
     after: Summary
     rank: int | None = None
+    full_rank: int | None = None
     form: str | None = None
     predicted: float | None = None
     unit: str | None = None

@@ -15,24 +15,26 @@ def in_groups(program: Program, fqns: Sequence[str]) -> dict[str, tuple[str, ...
     Sites that read the same value are one group and do not wait for each other.
     """
     groups: list[list[str]] = []
-    inputs: list[str] = []
+    last = None
     for fqn in sorted(fqns, key=program.position):
-        read = program.input_of(fqn)
-        if inputs and inputs[-1] == read:
+        read = program.sites[fqn].uses[0].input
+        if read == last:
             groups[-1].append(fqn)
         else:
             groups.append([fqn])
-            inputs.append(read)
+            last = read
     before: dict[str, tuple[str, ...]] = {}
     for earlier, group in zip([[], *groups], groups, strict=False):
         before |= dict.fromkeys(group, tuple(earlier))
     return before
 
 
-def lockstep(program: Program, session: Session, options: Any) -> Callable[[str], Moments]:
+def lockstep(program: Program, session: Session, options: Any, fqns: Sequence[str]) -> Callable[[str], Moments]:
     """Return a function from a site to its moments behind the compressed program, to be called in graph order."""
-    gradients = session.moments(program.clone(), options.solver.needs, options.solver)
-    walk = Lockstep(program.clone(), program, session.batches)
+    dense = program.clone()
+    gradients = session.moments(dense, fqns, options.solver.needs, options.solver)
+    gradients(fqns[0]) if fqns else None
+    walk = Lockstep(dense, program, session.batches)
 
     def of(fqn: str) -> Moments:
         return walk.advance_to(fqn, gradients(fqn))

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lrc.errors import UsageError
+from lrc.errors import SiteError, UsageError
 from lrc.program import Program
+from lrc.run.session import Session
 from lrc.spec.patterns import Candidate, select
 
 
@@ -17,26 +18,47 @@ class Selected:
     keep: str | None = None
 
 
-def select_sites(program: Program, options: Any, where: str) -> list[Selected]:
-    """Return the sites matched by `options.targets`, in model order; ignored ones come with the reason.
+def select_sites(program: Program, session: Session, options: Any, index: int) -> list[Selected]:
+    """Return the sites matched by `options.targets`, in model order; ignored and tied ones come with the reason.
 
-    Raises UsageError when a pattern matches nothing and the pass is not `optional`.
+    Patterns that later ones overrule everywhere are noted in the session. Raises UsageError when a pattern matches nothing
+    and the pass is not `optional`.
     """
     candidates = [Candidate(site.fqn, site.type_name) for site in program.sites.values()]
     found = select(candidates, options.targets, options.ignore)
     if found.unmatched and not options.optional:
         raise UsageError(
-            where,
+            session.where(index),
             message=f"pattern {found.unmatched[0]!r} matches no site",
             hint=f"The model has {len(candidates)} sites ({_some(program)}); `lrc inspect` lists them. "
-            "Mend the pattern, or set `optional: true`",
+            f"{_elsewhere(program)}Mend the pattern, or set `optional: true`",
         )
+    session.shadowed += [pattern for pattern in found.shadowed if pattern not in session.shadowed]
     return [
-        Selected(fqn, rule, f"ignored by {found.ignored[fqn]!r}" if fqn in found.ignored else None)
+        Selected(fqn, rule, f"ignored by {found.ignored[fqn]!r}" if fqn in found.ignored else _tied(program, fqn, options))
         for fqn, rule in found.rules.items()
     ]
+
+
+def _tied(program: Program, fqn: str, options: Any) -> str | None:
+    """Return the reason to keep a site whose weight something else reads, as the pass's `tied` option says."""
+    readers = ", ".join(program.sites[fqn].tied)
+    policy = getattr(options, "tied", "untie")
+    if not readers or policy == "untie" or fqn in program.maps:
+        return None
+    if policy == "error":
+        raise SiteError(
+            fqn, message=f"the weight is tied: {readers} reads it too", hint="Set `tied: keep` or `tied: untie`, or ignore the site"
+        )
+    return f"tied: {readers} reads the same weight (`tied: untie` gives the linear its own)"
 
 
 def _some(program: Program) -> str:
     names = list(program.sites)
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _elsewhere(program: Program) -> str:
+    """Return which operations use weights that are no sites, so that a pattern for them is understood."""
+    others = program.unsupported()
+    return f"Weights read by {', '.join(others)} are no linear sites. " if others else ""

@@ -10,6 +10,7 @@ import torch
 from lrc.data import Batches
 from lrc.errors import UsageError
 from lrc.measure import Cache, collect, digest
+from lrc.measure.cotangents import has_classes
 from lrc.program import Program, Site
 from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
 from lrc.solvers import Decomposition, Moments, Need
@@ -33,7 +34,8 @@ def silent(stage: str, done: int, total: int) -> None:
 class Session:
     """The shared state of one run.
 
-    batches: makes the calibration batches, called at most once and only when a statistic is needed.
+    batches: makes the calibration batches, called at most once and only when a statistic is needed. notices: what the
+    plan should mention beside the decisions (shadowed patterns, how a budget was shared).
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Session:
         self.seed = seed
         self.progress = progress
         self.spec_path = spec_path
+        self.shadowed: list[str] = []
+        self.notices: list[str] = []
         self._make_batches = batches
         self._batches: Batches | None = None
         self._moments: dict[str, dict[str, Moments]] = {}
@@ -79,31 +83,34 @@ class Session:
         """Return the content hash of everything that a collection of moments depends on."""
         if not needs:
             return "nothing"
-        fisher = (getattr(options, "fisher", None), getattr(options, "draws", 1)) if Need.GRADIENTS in needs else ()
+        gradients = (fisher_of(program, options), getattr(options, "draws", 1)) if Need.GRADIENTS in needs else ()
         return digest(
-            "moments-1", program.digest(), self.batches.digest, sorted(needs), fisher, self.seed,
+            "moments-1", program.digest(), list(self.batches), sorted(needs), gradients, self.seed,
             torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
         )  # fmt: skip
 
-    def moments(self, program: Program, needs: frozenset[Need], options: Any = None) -> MomentsOf:
-        """Return a function from a site's name to its moments; all sites are measured together, at the first call."""
+    def moments(self, program: Program, fqns: Sequence[str], needs: frozenset[Need], options: Any = None) -> MomentsOf:
+        """Return a function from a site's name to its moments; all `fqns` are measured together, at the first call."""
         if not needs:
             return empty_moments
         key = self.measured_key(program, needs, options)
 
         def of(fqn: str) -> Moments:
-            if key not in self._moments:
-                self._moments[key] = self._collect(program, key, needs, options)
+            if fqn not in self._moments.get(key, {}):
+                self._moments = {key: self._collect(program, key, fqns, needs, options)}
             return self._moments[key][fqn]
 
         return of
 
-    def _collect(self, program: Program, key: str, needs: frozenset[Need], options: Any) -> dict[str, Moments]:
+    def _collect(
+        self, program: Program, key: str, fqns: Sequence[str], needs: frozenset[Need], options: Any
+    ) -> dict[str, Moments]:
         return collect(
             program,
             self.batches,
-            {fqn: needs for fqn in program.sites},
-            fisher=getattr(options, "fisher", "sampled"),
+            fqns,
+            needs,
+            fisher=fisher_of(program, options),
             draws=getattr(options, "draws", 1),
             seed=self.seed,
             cache=self.cache,
@@ -119,38 +126,48 @@ class Session:
         terms = Terms(self.cache, keys)
         missing = terms.missing()
         if missing:
-            moments = self.moments(program, solver.needs, solver)
+            moments = self.moments(program, missing, solver.needs, solver)
             moments(missing[0])
+            missing.sort(key=lambda fqn: (-sites[fqn].out_features * sites[fqn].in_features, fqn))
 
-            def solve(fqn: str) -> None:
+            def solve(fqn: str) -> str:
                 terms.store(fqn, self.solve(sites[fqn], moments(fqn), options))
+                return fqn
 
             for _ in self.track("decompose", solve_all(missing, solve, self.workers), len(missing)):
                 continue
         return terms
 
-    def solve(self, site: Site, moments: Moments, options: Any) -> Decomposition:
+    def solve(self, site: Site, moments: Moments, options: Any, rank: int | None = None) -> Decomposition:
         """Decompose the weight of one site."""
         weight, bias = site.map.dense()
         generator = generator_for(site.fqn, self.seed)
         found = SOLVERS.for_options(options.solver)(
-            weight, bias, moments, max_rank(site, options), options.solver, generator
+            weight, bias, moments, rank or max_rank(site, options), options.solver, generator
         )
         assert isinstance(found, Decomposition)
         return found
 
 
+def fisher_of(program: Program, options: Any) -> Any:
+    """Return which gradients a solver's options ask for; `auto` is settled by the task."""
+    asked = getattr(options, "fisher", "sampled")
+    if asked != "auto":
+        return asked
+    return "sampled" if has_classes(program.task) else "outputs"
+
+
 def max_rank(site: Site, options: Any) -> int:
     """Return how many terms a pass can use at most. Raises UsageError for a rank that is not possible."""
     full = min(site.out_features, site.in_features)
-    rank = options.rank
-    if isinstance(rank, int):
-        if rank > full:
-            raise UsageError(
-                site.fqn,
-                expected=f"rank <= {full} (min of in_features={site.in_features}, out_features={site.out_features})",
-                got=str(rank),
-                hint="Lower `rank`, or name the site under `ignore`",
-            )
-        return rank
-    return full
+    rank = getattr(options.rank, "rank", None)
+    if rank is None:
+        return full
+    if rank > full:
+        raise UsageError(
+            site.fqn,
+            expected=f"rank <= {full} (min of in_features={site.in_features}, out_features={site.out_features})",
+            got=str(rank),
+            hint="Lower `rank`, or name the site under `ignore`",
+        )
+    return int(rank)

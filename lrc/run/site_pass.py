@@ -1,38 +1,41 @@
 """How a function from one site to a map becomes a pass.
 
 Planning selects sites, has the weights decomposed where the pass has a rank, and asks the rank policy; applying calls the
-function site by site and puts its map in place. What stays as it is stays with a reason.
+function site by site, in parallel, and puts its map in place. What stays as it is stays with a reason.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lrc.errors import SiteError
+from lrc.errors import LrcError, SiteError
 from lrc.maps import LinearMap
 from lrc.program import Program, Site
+from lrc.program.absorb import absorb_permutations
 from lrc.ranks import Choice, choose
-from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Statistics
+from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
 from lrc.run.selection import Selected, select_sites
 from lrc.run.session import Session
+from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
-from lrc.solvers import Decomposition, Moments
 from lrc.spec.registry import PASSES, Rule
 
-SiteFunction = Callable[..., LinearMap | Keep]
+Made = LinearMap | Rewrite | Keep
+SiteFunction = Callable[..., Made]
+FORMS = {"Chain": "two_factor", "Pivoted": "pivoted"}
 
 
 def site_pass(options: type[PassOptions]) -> Callable[[SiteFunction], Rule[[], ProgramPass]]:
     """Make a pass of a function `(site, statistics, options)`, or `(site, statistics, rank, options)` if it has a rank.
 
-    The pass has a rank when its options model is a `RankedOptions`. The function returns a map, or `Keep(reason)`; it
-    edits no graph. Registers nothing.
+    The pass has a rank when its options model is a `RankedOptions`. The function returns a map, `Rewrite(map, notes)`, or
+    `Keep(reason)`; it edits no graph. Registers nothing.
     """
 
     def decorate(function: SiteFunction) -> Rule[[], ProgramPass]:
-        made = RankedSitePass(function) if issubclass(options, RankedOptions) else SitePass(function)
+        made: ProgramPass = RankedSitePass(function) if issubclass(options, RankedOptions) else SitePass(function)
         return Rule(PASSES.rule(options)(function).name, options, lambda: made)
 
     return decorate
@@ -46,35 +49,37 @@ class SitePass:
 
     def plan(self, program: Program, session: Session, options: Any, index: int) -> Sequence[Decision]:
         """Decide for every selected site, by making its map and looking at it."""
-        selected = select_sites(program, options, session.where(index))
-        moments = session.moments(program, options.needs)
+        selected = select_sites(program, session, options, index)
+        moments = session.moments(program, [s.fqn for s in selected if not s.keep], options.needs)
         decisions = []
         for choice in session.track(f"plan {options.type}", selected):
             site = program.sites[choice.fqn]
             made = Keep(choice.keep) if choice.keep else self.call(site, options, Statistics(moments(choice.fqn)))
             before = summarize(site.map)
-            kept = made.reason if isinstance(made, Keep) else None
-            after = before if isinstance(made, Keep) else summarize(made)
-            decisions.append(Decision(index, options.type, (site.fqn,), choice.rule, before, after, keep=kept))
+            decision = Decision(index, options.type, (site.fqn,), choice.rule, before, before)
+            decisions.append(carried_out(decision, made))
         return decisions
 
     def apply(
         self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]
     ) -> Sequence[Decision]:
         """Make every map again and put it in place."""
-        moments = session.moments(program, options.needs)
-        made = {
-            d.name: self.call(program.sites[d.sites[0]], options, Statistics(moments(d.sites[0])))
-            for d in session.track(options.type, decisions)
-            if d.keep is None
-        }
-        return [put(program, d, made[d.name]) if d.name in made else d for d in decisions]
+        work = [d for d in decisions if d.keep is None]
+        moments = session.moments(program, [d.sites[0] for d in work], options.needs)
+        done = {d.name: d for d in decisions}
+        for d in session.track(options.type, work):
+            made = self.call(program.sites[d.sites[0]], options, Statistics(moments(d.sites[0])))
+            done[d.name] = put(program, d, made)
+        program.settle()
+        return list(done.values())
 
-    def call(self, site: Site, options: Any, *arguments: Any) -> LinearMap | Keep:
+    def call(self, site: Site, options: Any, *arguments: Any) -> Made:
         """Call the function; an error that it raises names the site and the pass."""
         try:
             return self.function(site, *arguments, options)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except LrcError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise SiteError(site.fqn, message=f"pass `{options.type}` failed: {error}") from error
 
 
@@ -83,15 +88,14 @@ class RankedSitePass(SitePass):
 
     def plan(self, program: Program, session: Session, options: Any, index: int) -> Sequence[Decision]:
         """Decompose every selected weight, and let the rank policy choose."""
-        selected = select_sites(program, options, session.where(index))
+        selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
         terms = session.decompose(program, free, options)
         curves = [terms.curve(program.sites[fqn], options.form) for fqn in free]
         choices = choose(curves, options.rank, allocate=options.allocate, round_to=options.round_to)
         before = in_groups(program, free) if compressed(options) else {}
         return [
-            self.decide(program.sites[s.fqn], s, options, index, choices, terms.spectrum, before.get(s.fqn, ()))
-            for s in selected
+            self.decide(program.sites[s.fqn], s, options, index, choices, terms, before.get(s.fqn, ())) for s in selected
         ]
 
     def decide(
@@ -101,41 +105,56 @@ class RankedSitePass(SitePass):
         options: Any,
         index: int,
         choices: dict[str, Choice],
-        spectrum: Callable[[str], Decomposition],
+        terms: Terms,
         after_sites: tuple[str, ...],
     ) -> Decision:
         """Put what was chosen for one site into a decision."""
         before = summarize(site.map)
-        common = (index, options.type, (site.fqn,), selected.rule, before)
-        if selected.keep:
-            return Decision(*common, before, keep=selected.keep)
-        terms, choice = spectrum(site.fqn), choices[site.fqn]
-        if choice.rank is None:
-            return Decision(*common, before, keep=choice.reason, notes=terms.notes)
-        form = options.form if options.form != "auto" else "pivoted"
-        after = sketch(site, choice.rank, form, bias=site.bias is not None or terms.mean is not None)
-        loss = float(terms.losses()[choice.rank])
-        return Decision(
-            *common, after, choice.rank, form, loss, terms.unit, after_sites=after_sites, notes=terms.notes
+        decision = Decision(
+            index, options.type, (site.fqn,), selected.rule, before, before, full_rank=min(site.shape), after_sites=after_sites
         )
+        if selected.keep:
+            return replace(decision, keep=selected.keep)
+        found, choice = terms.spectrum(site.fqn), choices[site.fqn]
+        if choice.rank is None:
+            return replace(decision, keep=choice.reason, notes=found.notes)
+        form = options.form if options.form != "auto" else "pivoted"
+        bias = site.bias is not None or found.mean is not None
+        loss = float(found.losses()[choice.rank])
+        return replace(
+            decision, after=sketch(site, choice.rank, form, bias=bias), rank=choice.rank, form=form, predicted=loss,
+            unit=found.unit, notes=found.notes,
+        )  # fmt: skip
 
     def apply(
         self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]
     ) -> Sequence[Decision]:
         """Make the maps from the stored decompositions, or one group after the other behind the compressed ones."""
-        done = {d.name: d for d in decisions}
         work = [d for d in decisions if d.keep is None]
+        done = {d.name: d for d in decisions}
         if compressed(options):
-            moments = lockstep(program, session, options)
+            moments = lockstep(program, session, options, [d.sites[0] for d in work])
+            for d in session.track(options.type, sorted(work, key=lambda d: program.position(d.sites[0]))):
+                site, rank = program.sites[d.sites[0]], d.rank
+                assert rank is not None, "a ranked decision that is not kept has a rank"
+                seen = moments(site.fqn)
+                terms = session.solve(site, seen, options, rank)
+                made = self.call(site, options, Statistics(seen, terms), rank)
+                done[d.name] = put(program, d, made)
         else:
-            moments = session.moments(program, options.solver.needs, options.solver)
-        for d in session.track(options.type, work):
-            site, rank = program.sites[d.sites[0]], d.rank
-            assert rank is not None, "a ranked decision that is not kept has a rank"
-            seen: Moments = moments(site.fqn)
-            statistics = Statistics(seen, session.terms(program, site, options, rank, seen))
-            done[d.name] = put(program, d, self.call(site, options, statistics, rank))
-        return list(done.values())
+            by_name = {d.sites[0]: d for d in work}
+            stored = session.decompose(program, list(by_name), options)
+
+            def make(fqn: str) -> tuple[str, Made]:
+                statistics = Statistics(terms=stored.full(fqn))
+                return fqn, self.call(program.sites[fqn], options, statistics, by_name[fqn].rank)
+
+            solved = session.track(options.type, solve_all(list(by_name), make, session.workers), len(by_name))
+            made_by_name = dict(solved)
+            for fqn, d in by_name.items():
+                done[d.name] = put(program, d, made_by_name[fqn])
+        program.settle()
+        return [with_note(program, d, note) for d, note in absorbed(program, done.values())]
 
 
 def compressed(options: Any) -> bool:
@@ -143,11 +162,33 @@ def compressed(options: Any) -> bool:
     return getattr(options.solver, "propagate", "dense") == "compressed"
 
 
-def put(program: Program, decision: Decision, made: LinearMap | Keep) -> Decision:
-    """Put a made map in place; return the decision as it was carried out."""
+def put(program: Program, decision: Decision, made: Made) -> Decision:
+    """Put a made map in place; return the decision as it was carried out. The graph is settled by the caller."""
+    if not isinstance(made, Keep):
+        new = made.map if isinstance(made, Rewrite) else made
+        program.replace(decision.sites[0], new, decision.type, settle=False)
+    return carried_out(decision, made)
+
+
+def carried_out(decision: Decision, made: Made) -> Decision:
+    """Return a decision with what was really made."""
     if isinstance(made, Keep):
         return replace(decision, keep=made.reason, after=decision.before, rank=None, form=None, predicted=None, unit=None)
-    program.replace(decision.sites[0], made)
-    after = summarize(made)
-    form = decision.form if decision.form is None else after.text.split("[", 1)[0]
-    return replace(decision, after=after, form={"Chain": "two_factor", "Pivoted": "pivoted"}.get(form or "", decision.form))
+    new, notes = (made.map, made.notes) if isinstance(made, Rewrite) else (made, ())
+    after = summarize(new)
+    form = None if decision.form is None else FORMS.get(after.text.split("[", 1)[0], decision.form)
+    return replace(decision, after=after, form=form, notes=decision.notes + tuple(notes))
+
+
+def absorbed(program: Program, decisions: Any) -> list[tuple[Decision, str | None]]:
+    """Let neighbours absorb the order of pivoted outputs; return every decision with what was done for it."""
+    notes = absorb_permutations(program)
+    return [(d, notes.get(d.sites[0])) for d in decisions]
+
+
+def with_note(program: Program, decision: Decision, note: str | None) -> Decision:
+    """Return a decision with the map that stands there at the end."""
+    if decision.keep is not None:
+        return decision
+    notes = decision.notes if note is None else (*decision.notes, note)
+    return replace(decision, after=summarize(program.map_of(decision.sites[0])), notes=notes)

@@ -1,18 +1,20 @@
 """Decompositions on disk: computed once for a weight, its statistics and a solver; every rank and budget reads them again."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lrc.measure import Cache, digest
 from lrc.program import Site
-from lrc.ranks import SiteCurve
-from lrc.solvers import Decomposition, Moments
+from lrc.ranks import Form, SiteCurve
+from lrc.solvers import LOSS_UNIT, Decomposition, Moments
+
+T = TypeVar("T")
 
 OPTIONAL = ("bias", "mean", "target")
 
@@ -69,7 +71,7 @@ class Terms:
         spectrum = self._spectra[fqn]
         return None if factors is None else replace(spectrum, B=factors["B"], A=factors["A"])
 
-    def curve(self, site: Site, form: str) -> SiteCurve:
+    def curve(self, site: Site, form: Form) -> SiteCurve:
         """Return what a rank policy looks at."""
         terms = self._spectra[site.fqn]
         return SiteCurve(
@@ -79,6 +81,8 @@ class Terms:
             losses=terms.losses(),
             S=terms.S,
             form=form,
+            extra=site.out_features if terms.mean is not None and site.bias is None else 0,
+            additive=terms.unit == LOSS_UNIT,
         )
 
 
@@ -90,18 +94,21 @@ def terms_key(site: Site, measured: str, solver: Any, max_rank: int) -> str:
     )
 
 
-def solve_all(fqns: list[str], solve: Callable[[str], None], workers: int) -> Iterator[str]:
+def solve_all(fqns: Sequence[str], solve: Callable[[str], T], workers: int) -> Iterator[T]:
     """Solve sites in parallel, one thread each, so that the bytes do not depend on how many are solved at a time.
 
-    Yields every site's name when it is solved and stored.
+    Yields every result when it is there.
     """
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            names = {pool.submit(solve, fqn): fqn for fqn in fqns}
-            for future in as_completed(names):
-                future.result()
-                yield names[future]
+            waiting = [pool.submit(solve, fqn) for fqn in fqns]
+            try:
+                for future in as_completed(waiting):
+                    yield future.result()
+            finally:
+                for future in waiting:
+                    future.cancel()
     finally:
         torch.set_num_threads(threads)
 

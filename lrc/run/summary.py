@@ -2,7 +2,7 @@
 
 import torch
 
-from lrc.maps import LinearMap, low_rank
+from lrc.maps import LinearMap, chain_structure, pivoted_structure, restore
 from lrc.program import Site
 from lrc.run.plan import Summary
 
@@ -15,9 +15,6 @@ def summarize(made: LinearMap) -> Summary:
 
 def sketch(site: Site, rank: int, form: str, *, bias: bool) -> Summary:
     """Return what a rank-`rank` product in `form` would cost at `site`, without making one."""
-    out_features, in_features = site.out_features, site.in_features
+    structure = pivoted_structure if form == "pivoted" else chain_structure
     with torch.device("meta"):
-        B = torch.empty(out_features, rank, dtype=site.dtype)
-        A = torch.empty(rank, in_features, dtype=site.dtype)
-        offset = torch.empty(out_features, dtype=site.dtype) if bias else None
-        return summarize(low_rank(B, A, offset, form=form))
+        return summarize(restore(structure(site.out_features, rank, site.in_features, bias=bias)).to(site.dtype))

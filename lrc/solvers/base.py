@@ -7,13 +7,17 @@ plan with another budget costs no new decomposition.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lrc.spec.base import Tagged
-from lrc.spec.registry import SOLVERS
+from lrc.spec.registry import SOLVERS, Rule
+
+LOSS_UNIT = "nats per token"  # losses in this unit add up over layers, and may be compared between them
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Need(StrEnum):
@@ -31,6 +35,7 @@ class Moments:
     mean:   mean over tokens of x, shape (in_features,).
     fisher: mean over tokens of g gᵀ, g = dL/dy of the loss summed over tokens, shape (out_features, out_features).
     cross:  mean of x x̃ᵀ, x from the dense model and x̃ from the compressed one (`gram` is then that of x̃), or None.
+    dense_mean: mean of x from the dense model, where `cross` is given; shape (in_features,), or None.
     tokens: how many tokens the means are over.
     """
 
@@ -79,9 +84,13 @@ class Decomposition:
         tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
         return self.scale * (tails + self.remainder)
 
+    def product(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return B (out_features, rank) and A (rank, in_features) of the first terms, as they are stored."""
+        return self.B[:, :rank], self.A[:rank]
+
     def truncate(self, rank: int, dtype: torch.dtype) -> Factors:
         """Return the rank-`rank` factors in `dtype`. 1 <= rank <= len(S)."""
-        B, A = self.B[:, :rank], self.A[:rank]
+        B, A = self.product(rank)
         bias = self.bias
         if self.mean is not None and self.target is not None:
             shift = self.target.double() - B.double() @ (A.double() @ self.mean.double())
@@ -110,6 +119,6 @@ class Solve(Protocol):
         """Decompose `weight` (out_features, in_features) into at least `max_rank` terms where it has that many."""
 
 
-def solver(options: type[SolverOptions]) -> Callable[..., object]:
+def solver(options: type[SolverOptions]) -> Callable[[Callable[P, R]], Rule[P, R]]:
     """Tie a solver to its options model (see `lrc.spec.registry`)."""
     return SOLVERS.rule(options)

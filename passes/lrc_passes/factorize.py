@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lrc.maps import LinearMap, low_rank
+from lrc.maps import Chain, LinearMap, Pivoted
 from lrc.program import Site
-from lrc.run import Keep, RankedOptions, Statistics, site_pass
-from lrc.solvers import KfacSolver, PivotRefused, SolverOptions, pivot
+from lrc.run import Keep, RankedOptions, Rewrite, Statistics, site_pass
+from lrc.solvers import KfacSolver, Refusal, SolverOptions, pivot
 from lrc.spec.registry import SOLVERS, Registered
 
 
@@ -28,16 +28,22 @@ class Factorize(RankedOptions):
 
 
 @site_pass(Factorize)
-def factorize(site: Site, statistics: Statistics, rank: int, options: Factorize) -> LinearMap | Keep:
+def factorize(site: Site, statistics: Statistics, rank: int, options: Factorize) -> LinearMap | Rewrite | Keep:
     """W -> the product B @ A of rank `rank` that the solver found closest, in its norm, in the form asked for."""
     B, A, bias = statistics.decomposition.truncate(rank, site.dtype)
-    made = low_rank(B, A, bias, form="two_factor")
-    if options.form != "two_factor":
-        found = pivot(B, A)
-        if not isinstance(found, PivotRefused):
-            made = low_rank(B, A, bias, form="pivoted", pivots=found)
-        elif options.form == "pivoted":
+    two_factor = Chain(B, A, bias=bias)
+    if options.form == "two_factor":
+        return smaller(two_factor, site, rank)
+    found = pivot(*statistics.decomposition.product(rank), dtype=site.dtype)
+    if isinstance(found, Refusal):
+        if options.form == "pivoted":
             return Keep(f"no stable pivoted form at rank {rank}: {found.reason}")
+        return smaller(two_factor, site, rank, f"two factors in place of the pivoted form: {found.reason}")
+    return smaller(Pivoted(found.P, found.Z, found.index, found.side, bias), site, rank)
+
+
+def smaller(made: LinearMap, site: Site, rank: int, *notes: str) -> Rewrite | Keep:
+    """Return the new map, or the reason to keep a dense weight that is no larger."""
     if made.cost().bytes >= site.map.cost().bytes:
         return Keep(f"rank {rank} needs no fewer bytes than the dense weight")
-    return made
+    return Rewrite(made, notes)

@@ -12,9 +12,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from lrc.maps import LinearMap, fold, simplify
+from lrc.maps import fold, simplify
 from lrc.program import Site
-from lrc.run import Keep, PassOptions, Statistics, site_pass
+from lrc.run import Keep, PassOptions, Rewrite, Statistics, site_pass
 
 
 class Merge(PassOptions):
@@ -25,7 +25,13 @@ class Merge(PassOptions):
 
 
 @site_pass(Merge)
-def merge(site: Site, statistics: Statistics, options: Merge) -> LinearMap | Keep:
+def merge(site: Site, statistics: Statistics, options: Merge) -> Rewrite | Keep:
     """X -> the cheapest equal map that the rules of `lrc.maps.simplify` reach, or Dense(X.dense())."""
-    made = fold(site.map) if options.dense else simplify(site.map)[0]
-    return Keep("nothing to fold") if repr(made) == repr(site.map) else made
+    if not options.dense:
+        made, notes = simplify(site.map)
+        return Rewrite(made, notes) if notes else Keep("nothing to fold")
+    made = fold(site.map)
+    if made is site.map:
+        return Keep("nothing to fold: the map is one dense weight")
+    before, after = site.map.cost().parameters, made.cost().parameters
+    return Rewrite(made, (f"folded to one dense weight, {before} -> {after} numbers",))

@@ -1,0 +1,244 @@
+"""The command line: one program with verbs. Nothing heavy is imported before a verb runs.
+
+Exit codes: 0 ok, 1 failed, 2 bad spec or usage, 3 a quality or parity gate missed.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import click
+import typer
+
+app = typer.Typer(
+    help="A compiler for low-rank structure in neural networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Spec = Annotated[Path, typer.Argument(help="The spec: a YAML or JSON file.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="HF folder, hub id, pkg://package/dir, model.pt2, or module:factory.")]
+Rest = Annotated[
+    Optional[list[str]],  # noqa: UP045  typer reads this form
+    typer.Argument(help="[MODEL] [section.key=value ...]", metavar="[MODEL] [KEY=VALUE ...]", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+AllowCode = Annotated[bool, typer.Option(help="Let `module:factory` and remote code run.")]
+Cache = Annotated[Optional[Path], typer.Option(help="Where statistics are kept (default: .lrc-cache beside the output).")]  # noqa: UP045
+Output = Annotated[Optional[Path], typer.Option("--output", "-o", help="The output folder (default: the spec's).")]  # noqa: UP045
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+def split_rest(rest: list[str] | None) -> tuple[str | None, list[str]]:
+    """Tell the optional MODEL from the overrides `key=value` that may follow it."""
+    words = list(rest or [])
+    model = words.pop(0) if words and "=" not in words[0].split("/")[0] else None
+    return model, words
+
+
+def show(data: Any, as_json: bool, text: Any) -> None:
+    """Print `data` as JSON, or the text (anything rich prints)."""
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n")
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(text, soft_wrap=isinstance(text, str), markup=False, highlight=False)
+
+
+@app.command()
+def init(model: Model, output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("spec.yaml"),
+         allow_code: AllowCode = False) -> None:  # fmt: skip
+    """Write a commented spec for MODEL."""
+    from lrc import api
+
+    show({}, False, f"wrote {api.init(model, output, allow_code=allow_code)}")
+
+
+@app.command()
+def validate(spec: Spec, rest: Rest = None, as_json: Json = False, allow_code: AllowCode = False) -> None:
+    """Check a spec, and its patterns against MODEL if one is given; no weights are changed."""
+    from lrc import api
+
+    model, overrides = split_rest(rest)
+    found = api.validate(spec, model, overrides=overrides, allow_code=allow_code)
+    show(found, as_json, f"{spec}: valid" + (f", {found['sites']} sites selected" if "sites" in found else ""))
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False, graph: Annotated[bool, typer.Option(help="Print the graph as text.")] = False,
+            allow_code: AllowCode = False) -> None:  # fmt: skip
+    """List the sites of MODEL: name, type, shape, share of the parameters, stable rank."""
+    from lrc import api
+    from lrc.report.tables import rows_table
+
+    program = api.capture(model, allow_code=allow_code)
+    if graph:
+        show(str(program), as_json, str(program))
+        return
+    rows = api.inspect(program)
+    show(rows, as_json, rows_table(rows))
+
+
+@app.command()
+def plan(spec: Spec, rest: Rest = None, output: Output = None, as_json: Json = False, cache: Cache = None,
+         allow_code: AllowCode = False, quiet: Quiet = False) -> None:  # fmt: skip
+    """Say what `compile` would do: per site the rule, rank, size, predicted loss, FLOPs and bytes."""
+    from lrc import api
+    from lrc.report.progress import bars
+    from lrc.report.tables import plan_table
+
+    model, overrides = split_rest(rest)
+    with bars(quiet or as_json) as progress:
+        made = api.plan(model, spec, overrides=overrides, output=output, cache=cache, allow_code=allow_code, progress=progress)
+    show(json.loads(made.to_json()), as_json, plan_table(made))
+
+
+@app.command("compile")
+def compile_(spec: Spec, rest: Rest = None, output: Output = None, as_json: Json = False, cache: Cache = None,
+             overwrite: Annotated[bool, typer.Option(help="Replace a finished output of lrc.")] = False,
+             dry_run: Annotated[bool, typer.Option(help="The same as `plan`.")] = False,
+             resume: Annotated[bool, typer.Option(help="Take over what a killed run finished.")] = True,
+             allow_code: AllowCode = False, quiet: Quiet = False) -> None:  # fmt: skip
+    """Compile MODEL as SPEC says, check the result, and leave it in the output folder."""
+    if dry_run:
+        plan(spec, rest, output, as_json, cache, allow_code, quiet)
+        return
+    from lrc import api
+    from lrc.report.progress import bars
+    from lrc.report.tables import result_table
+
+    model, overrides = split_rest(rest)
+    with bars(quiet or as_json) as progress:
+        done = api.compile_to_folder(
+            model, spec, overrides=overrides, output=output, cache=cache, overwrite=overwrite, resume=resume,
+            allow_code=allow_code, progress=progress,
+        )  # fmt: skip
+    show(done.summary(), as_json, result_table(done.summary()))
+    done.raise_on_missed_gate()
+
+
+@app.command()
+def evaluate(spec: Spec, artifact: Annotated[str, typer.Argument(help="An output folder, a model, or a .onnx or .pt2 file.")],
+             rest: Rest = None, as_json: Json = False, allow_code: AllowCode = False) -> None:  # fmt: skip
+    """Measure the metrics of SPEC on ARTIFACT, beside MODEL if one is given."""
+    from lrc import api
+    from lrc.report.tables import rows_table
+
+    model, overrides = split_rest(rest)
+    found = api.evaluate(artifact, spec, baseline=model, overrides=overrides, allow_code=allow_code)
+    show(found.rows(), as_json, rows_table(found.rows()))
+    found.raise_on_missed_gate()
+
+
+@app.command()
+def benchmark(folder: Annotated[Path, typer.Argument(help="A finished output folder.")], rest: Rest = None,
+              batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1, 8],  # noqa: B006  typer wants a list
+              length: Annotated[list[int], typer.Option(help="Sequence lengths.")] = [16, 128],  # noqa: B006
+              as_json: Json = False, allow_code: AllowCode = False) -> None:  # fmt: skip
+    """Time every artifact of FOLDER against the dense MODEL, interleaved, as ratios."""
+    from lrc import api
+    from lrc.report.tables import rows_table
+
+    model, _ = split_rest(rest)
+    rows = api.benchmark(folder, model, batches=batch, lengths=length, allow_code=allow_code)
+    show(rows, as_json, rows_table(rows))
+
+
+@app.command()
+def export(folder: Annotated[Path, typer.Argument(help="A finished output folder.")],
+           to: Annotated[str, typer.Option("--format", help="hf, onnx, aoti.")],
+           output: Output = None, as_json: Json = False) -> None:  # fmt: skip
+    """Lower a finished folder to another format, without compiling again."""
+    from lrc import api
+
+    made = api.export(folder, to, output)
+    show({"files": [str(f) for f in made]}, as_json, "\n".join(f"wrote {f}" for f in made))
+
+
+@app.command()
+def diff(a: Path, b: Path, as_json: Json = False) -> None:
+    """Show what is different between two specs, plans or output folders."""
+    from lrc.report.diff import diff as differences
+    from lrc.report.tables import rows_table
+
+    rows = differences(a, b)
+    show(rows, as_json, rows_table(rows) if rows else "no difference")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A finished output folder.")], output: Output = None,
+           as_json: Json = False) -> None:  # fmt: skip
+    """Write one self-contained HTML page about a finished run."""
+    from lrc.report.html import report_of
+
+    path = output or folder / "lrc" / "report.html"
+    path.write_text(report_of(folder), encoding="utf-8")
+    show({"report": str(path)}, as_json, f"wrote {path}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the spec."""
+    from lrc.spec.schema import json_schema
+
+    show(json_schema(builtin_only=False), True, "")
+
+
+@app.command("list")
+def list_(kind: Annotated[Optional[str], typer.Argument(help="One kind; all without it.")] = None,  # noqa: UP045
+          as_json: Json = False) -> None:  # fmt: skip
+    """List passes, solvers, ranks, metrics, exports, presets."""
+    from lrc import api
+
+    found = api.names(kind)
+    show(found, as_json, "\n".join(f"{k}: {', '.join(v)}" for k, v in found.items()))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check the environment: packages, the C++ compiler for Inductor, CPU features, disk."""
+    from lrc.report.tables import rows_table
+    from lrc.run.doctor import examine
+
+    rows = examine()
+    show(rows, as_json, rows_table(rows))
+    if not all(row["ok"] for row in rows if row["needed"]):
+        raise SystemExit(1)
+
+
+def main() -> None:
+    """Run the command line; turn every error that a user can meet into one line and the documented exit code."""
+    from lrc.errors import LrcError
+
+    debug = "LRC_DEBUG" in __import__("os").environ
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted: nothing was half-written; the same command takes over what was finished", 1)
+    except LrcError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if debug:
+            raise
+        _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+
+
+def _fail(text: str, code: int) -> None:
+    sys.stderr.write(f"error: {text}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

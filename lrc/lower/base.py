@@ -1,0 +1,52 @@
+"""What an export is: options told apart by `format`, a function that writes files, and how the artifact is opened again."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
+
+from lrc.program import Program
+from lrc.spec.base import SpecModel
+from lrc.spec.registry import EXPORTERS, Rule
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ExportOptions(SpecModel):
+    """Options of an export.
+
+    opens: `module:callable` that takes the artifact's path and returns a runner; it is imported in a fresh process.
+    artifact: the file that is opened, from the output folder.
+    """
+
+    format: Any
+    opens: ClassVar[str]
+    artifact: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export has written: the artifact, from the output folder, and what the user should know about it."""
+
+    artifact: str
+    notes: tuple[str, ...] = ()
+
+
+class Runner(Protocol):
+    """Anything that takes named inputs and returns named outputs: tensors, or arrays."""
+
+    def __call__(self, **inputs: Any) -> Mapping[str, Any]:
+        """Run once."""
+
+
+class Export(Protocol):
+    """The signature of an exporter."""
+
+    def __call__(self, program: Program, folder: Path, options: ExportOptions) -> Written:
+        """Write the program into `folder`."""
+
+
+def exporter(options: type[ExportOptions]) -> Callable[[Callable[P, R]], Rule[P, R]]:
+    """Tie an exporter to its options model (see `lrc.spec.registry`)."""
+    return EXPORTERS.rule(options)

@@ -1,0 +1,80 @@
+"""An ONNX file run by ONNX Runtime alone. This module imports no torch: a worker that checks an ONNX file starts fast."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from lrc.errors import LowerError, UsageError
+
+Array = NDArray[Any]
+
+NUMPY_TYPES: Mapping[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+class OrtRunner:
+    """A runner on `model.onnx`: arrays (or tensors on the CPU) by name in, numpy arrays by name out.
+
+    Inputs are cast to the type that the graph declares. A missing `attention_mask`, `token_type_ids` or `position_ids` is
+    filled as for one unpadded text; an input that the graph does not have (exporters drop unused ones) is left out.
+
+    providers: ONNX Runtime's execution providers, the CPU by default. threads: of one operator; None: ONNX Runtime's choice.
+    Raises LowerError when the file does not load.
+    """
+
+    def __init__(
+        self, path: Path | str, *, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int | None = None
+    ) -> None:
+        options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self.path = Path(path)
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        except Exception as error:  # ONNX Runtime's own errors share no base class that is public
+            raise LowerError(str(path), message=f"ONNX Runtime cannot load the file: {error}") from error
+        self.types = {node.name: node.type for node in self.session.get_inputs()}
+        self.outputs = tuple(node.name for node in self.session.get_outputs())
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the graph's inputs, in its order."""
+        return tuple(self.types)
+
+    def __call__(self, **inputs: Any) -> dict[str, Array]:
+        """Run once. Raises UsageError for an input that is missing and has no default, or of a type without numpy form."""
+        arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+        feed = {name: self._cast(name, self._take(name, arrays)) for name in self.types}
+        return dict(zip(self.outputs, self.session.run(None, feed), strict=True))
+
+    def _take(self, name: str, arrays: Mapping[str, Array]) -> Array:
+        if name in arrays:
+            return arrays[name]
+        tokens = arrays.get("input_ids")
+        if tokens is not None and name == "attention_mask":
+            return np.ones(tokens.shape, np.int64)
+        if tokens is not None and name == "token_type_ids":
+            return np.zeros(tokens.shape, np.int64)
+        if tokens is not None and name == "position_ids":
+            return np.broadcast_to(np.arange(tokens.shape[-1]), tokens.shape)
+        raise UsageError(
+            f"{self.path.name}: {name}", expected="inputs " + ", ".join(self.inputs), got=", ".join(arrays) or "none"
+        )
+
+    def _cast(self, name: str, value: Array) -> Array:
+        declared = self.types[name]
+        if declared not in NUMPY_TYPES:
+            raise UsageError(f"{self.path.name}: {name}", expected=f"one of {', '.join(NUMPY_TYPES)}", got=declared)
+        return np.ascontiguousarray(value, dtype=NUMPY_TYPES[declared])

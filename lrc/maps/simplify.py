@@ -1,0 +1,177 @@
+"""Constant folding on maps: one table of rules, applied from the inside out until none fires.
+
+Every rule returns an equal map that needs no more numbers and no more FLOPs, and a line that says what it did.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrc.maps.base import Affine, Cost, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
+from lrc.maps.composites import Chain, Composite, Scale, Sum
+from lrc.maps.leaves import Dense, Diagonal, Permutation
+
+
+class Folded(NamedTuple):
+    """An equal map and what was done to reach it."""
+
+    map: LinearMap
+    notes: tuple[str, ...]
+
+
+Rule = Callable[[LinearMap], LinearMap | None]
+
+
+def fold(made: LinearMap) -> LinearMap:
+    """Return the one dense map that `made` stands for. Raises TypeError where it stands for none."""
+    if isinstance(made, Dense):
+        return made
+    weight, bias = made.dense()
+    return Dense(weight, bias)
+
+
+def simplify(made: LinearMap) -> Folded:
+    """Return the smallest equal map that the rules reach. A map that no rule fits comes back as the same object."""
+    notes: list[str] = []
+    if isinstance(made, Composite):
+        parts = [simplify(slot) if isinstance(slot, LinearMap) else slot for slot in made.slots]
+        if any(isinstance(part, Folded) and part.notes for part in parts):
+            made = rebuilt(made, [part.map if isinstance(part, Folded) else part for part in parts])
+            notes += [note for part in parts if isinstance(part, Folded) for note in part.notes]
+    while True:
+        for rule in RULES:
+            smaller = rule(made)
+            if smaller is not None:
+                notes.append(f"{rule.__name__.replace('_', ' ')}: {made!r} -> {smaller!r}")
+                made = smaller
+                break
+        else:
+            return Folded(made, tuple(notes))
+
+
+def rebuilt(made: Composite, parts: list[Slot]) -> LinearMap:
+    """Return the same composite over other parts."""
+    if isinstance(made, Scale):
+        return Scale(parts[0], made.scale, made.bias)
+    return type(made)(*parts, bias=made.bias)  # type: ignore[call-arg]
+
+
+def flatten_nested(made: LinearMap) -> LinearMap | None:
+    """Chain(Chain(C, B), A) -> Chain(C, B, A), and the same for sums, where the inner one has no bias or is outermost."""
+    if not isinstance(made, Chain | Sum):
+        return None
+    kind = type(made)
+    for i, slot in enumerate(made.slots):
+        if isinstance(slot, kind) and (slot.bias is None or kind is Sum or i == 0):
+            bias = add(exact_bias(made.bias), exact_bias(slot.bias))
+            flat = [*made.slots[:i], *slot.slots, *made.slots[i + 1 :]]
+            return kind(*flat, bias=None if bias is None else bias.to(made.dtype))
+    return None
+
+
+def unwrap_single(made: LinearMap) -> LinearMap | None:
+    """Chain(X) and Sum(X) -> X."""
+    if not isinstance(made, Chain | Sum) or len(made.slots) != 1:
+        return None
+    slot = made.slots[0]
+    if not isinstance(slot, LinearMap):
+        return Dense(slot, made.bias)
+    bias = add(exact_bias(slot.bias), exact_bias(made.bias))
+    return slot.with_bias(None if bias is None else torch.nn.Parameter(bias.to(made.dtype)))
+
+
+def absorb_scale(made: LinearMap) -> LinearMap | None:
+    """Scale(s, X) -> X with the constant multiplied into its outermost numbers."""
+    return None if not isinstance(made, Scale) else _scaled(made)
+
+
+def _scaled(made: Scale) -> LinearMap | None:
+    inner = made.slots[0]
+    if isinstance(inner, Chain) and inner.bias is None and not isinstance(inner.slots[0], LinearMap):
+        outer = (inner.slots[0].detach().double() * made.scale).to(made.dtype)
+        return Chain(outer, *inner.slots[1:], bias=made.bias)
+    if not isinstance(inner, LinearMap) or isinstance(inner, Dense):
+        weight, bias = made.dense()
+        return Dense(weight, bias)
+    return None
+
+
+def drop_identity(made: LinearMap) -> LinearMap | None:
+    """Leave out a permutation in its own order from a chain."""
+    if not isinstance(made, Chain) or len(made.slots) < 2:
+        return None
+    kept = [slot for slot in made.slots if not (isinstance(slot, Permutation) and slot.is_identity())]
+    if len(kept) == len(made.slots):
+        return None
+    return Chain(*(kept or made.slots[:1]), bias=made.bias)
+
+
+def join_low_rank_terms(made: LinearMap) -> LinearMap | None:
+    """Sum(Chain(B, A), Chain(D, C)) -> Chain([B D], [A; C]): one product of the summed rank."""
+    if not isinstance(made, Sum):
+        return None
+    pairs = [slot for slot in made.slots if _is_pair(slot)]
+    if len(pairs) < 2:
+        return None
+    B = torch.cat([slot.slots[0].detach() for slot in pairs], 1)  # type: ignore[union-attr]
+    A = torch.cat([slot.slots[1].detach() for slot in pairs], 0)  # type: ignore[union-attr]
+    others = [slot for slot in made.slots if not _is_pair(slot)]
+    return Sum(*others, Chain(B, A), bias=made.bias)
+
+
+def _is_pair(slot: Slot) -> bool:
+    return (
+        isinstance(slot, Chain)
+        and len(slot.slots) == 2
+        and slot.bias is None
+        and not any(isinstance(part, LinearMap) for part in slot.slots)
+    )
+
+
+def multiply_out(made: LinearMap) -> LinearMap | None:
+    """Multiply two neighbours of a chain, or add two terms of a sum, where one matrix needs no more than both."""
+    if not isinstance(made, Chain | Sum):
+        return None
+    slots = made.slots
+    for i in range(len(slots) - 1):
+        if not all(_foldable(slot) for slot in slots[i : i + 2]):
+            continue
+        rows, columns = slot_shape(slots[i])[0], slot_shape(slots[i + 1])[1]
+        before = slot_cost(slots[i], 1) + slot_cost(slots[i + 1], 1)
+        if not _no_larger(rows * columns, 2 * rows * columns, before):
+            continue
+        weight, bias = _combined(made, slots[i], slots[i + 1])
+        joined: Tensor | LinearMap = weight if bias is None else Dense(weight, bias)
+        return type(made)(*slots[:i], joined, *slots[i + 2 :], bias=made.bias)
+    return None
+
+
+def _foldable(slot: Slot) -> bool:
+    return not isinstance(slot, LinearMap) or isinstance(slot, Dense | Diagonal | Permutation | Chain)
+
+
+def _no_larger(parameters: int, flops: int, before: Cost) -> bool:
+    return parameters <= before.parameters and flops <= before.flops
+
+
+def _combined(made: LinearMap, left: Slot, right: Slot) -> Affine:
+    """Return the product (of a chain) or the sum of two slots, in the map's dtype."""
+    (W, b), (V, c) = slot_exact(left), slot_exact(right)
+    if isinstance(made, Sum):
+        weight, bias = W + V, add(b, c)
+    else:
+        weight, bias = W @ V, add(None if c is None else W @ c, b)
+    return Affine(weight.to(made.dtype), None if bias is None else bias.to(made.dtype))
+
+
+RULES: tuple[Rule, ...] = (
+    flatten_nested,
+    unwrap_single,
+    absorb_scale,
+    drop_identity,
+    join_low_rank_terms,
+    multiply_out,
+)
+

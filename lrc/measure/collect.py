@@ -1,0 +1,155 @@
+"""Calibration: one pass over the batches gives the moments of every site that was asked for."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrc.data import Batch, Batches
+from lrc.errors import SiteError
+from lrc.measure.cache import Cache
+from lrc.measure.cotangents import Fisher, cotangent
+from lrc.measure.second_moments import SecondMoment
+from lrc.measure.stored import load_moments, store_moments
+from lrc.measure.taps import Tap, padding_masks, placeholder_values, row_mask, rows_of, taps_of, traced_masks
+from lrc.program import Program
+from lrc.program.readout import readout
+from lrc.solvers import Moments, Need
+
+Progress = Callable[[int, int], None]
+
+
+def collect(
+    program: Program,
+    batches: Batches,
+    fqns: Iterable[str],
+    needs: frozenset[Need],
+    *,
+    fisher: Fisher = "sampled",
+    draws: int = 1,
+    seed: int = 0,
+    cache: Cache | None = None,
+    key: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Moments]:
+    """Return the moments of the sites `fqns`, from one forward (and, for gradients, one backward) pass a batch.
+
+    fisher: see `cotangents.cotangent`; draws: how many cotangents a batch, averaged. The random numbers of a batch come
+    from `seed` and its place, so the result is the same for the same thread count. progress(done, total) counts batches.
+    With a cache, what is stored under `key` (a digest of program, data and options) is read, not measured; what is
+    measured is stored.
+
+    Conventions: padding is not counted. Sites that read the same value share one gram. For a weight that is used more
+    than once, `gram` and `mean` are means over the tokens of all uses (`tokens` counts them), `fisher` is the sum over
+    uses: so 1/2 tr(fisher dW gram dWᵀ) is the increase of the loss a token for all uses together. For the same reason
+    `fisher` of a site that sees one row a sample is divided by the tokens that the largest site sees.
+    The model's parameters and buffers are not changed. Raises SiteError for an unknown site or values that are not finite.
+    """
+    wanted = list(fqns)
+    found = {} if cache is None else load_moments(cache, key, program, wanted)
+    missing = [fqn for fqn in wanted if fqn not in found]
+    if missing:
+        walk = Walk(program, missing, gradients=Need.GRADIENTS in needs)
+        for done, batch in enumerate(batches):
+            if progress is not None:
+                progress(done, len(batches))
+            walk.run(batch, fisher, draws, torch.Generator().manual_seed(seed * 1_000_003 + done))
+        if progress is not None:
+            progress(len(batches), len(batches))
+        measured = walk.moments()
+        if cache is not None:
+            store_moments(cache, key, program, measured)
+        found |= measured
+    return {fqn: found[fqn] for fqn in wanted}
+
+
+class Walk(fx.Interpreter):
+    """Runs batches through the graph and adds up what the taps see."""
+
+    def __init__(self, program: Program, fqns: Iterable[str], *, gradients: bool) -> None:
+        super().__init__(program.graph_module, garbage_collect_values=True)
+        self.program = program
+        self.gradients = gradients
+        self.taps: dict[str, tuple[Tap, ...]] = {fqn: taps_of(program, fqn) for fqn in fqns}
+        every = [tap for taps in self.taps.values() for tap in taps]
+        width = {fqn: program.sites[fqn].shape for fqn in self.taps}
+        self.inputs = {tap.reads: SecondMoment(width[tap.fqn][1]) for tap in every}
+        self.outputs = {tap.gives: SecondMoment(width[tap.fqn][0]) for tap in every}
+        self.names = {node: tap.fqn for tap in every for node in (tap.reads, tap.gives)}
+        self.traced = traced_masks(program)
+        self.masks: dict[str, Tensor] = {}
+        self.given: dict[fx.Node, Tensor] = {}
+
+    def run(self, batch: Batch, fisher: Fisher, draws: int, generator: torch.Generator) -> None:  # type: ignore[override]
+        """Add one batch."""
+        self.masks = padding_masks(batch)
+        self.given = {}
+        values = placeholder_values(self.program, batch)
+        with torch.set_grad_enabled(self.gradients):
+            outputs: Mapping[str, Tensor] = super().run(*values)
+            if self.gradients:
+                self._backward(outputs, batch, fisher, draws, generator)
+        self.given = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node; what a tap looks at is added, and given a gradient."""
+        value = super().run_node(n)
+        if n in self.inputs:
+            rows = rows_of(value, row_mask(n, value, self.masks, self.traced))
+            self.inputs[n].add(rows)
+        if self.gradients and n in self.outputs:
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()
+            self.given[n] = value
+        return value
+
+    def _backward(
+        self, outputs: Mapping[str, Tensor], batch: Batch, fisher: Fisher, draws: int, generator: torch.Generator
+    ) -> None:
+        found = readout(outputs, batch, self.program.task)
+        nodes = list(self.given)
+        for draw in range(draws):
+            sent = cotangent(found, batch, fisher, self.program.task, generator)
+            gradients = torch.autograd.grad(
+                found, [self.given[n] for n in nodes], sent, retain_graph=draw < draws - 1, allow_unused=True
+            )
+            for node, gradient in zip(nodes, gradients, strict=True):
+                if gradient is None:
+                    gradient = torch.zeros_like(self.given[node])
+                rows = rows_of(gradient, row_mask(node, gradient, self.masks, self.traced))
+                self.outputs[node].add(rows, 1.0 / draws)
+
+    def moments(self) -> dict[str, Moments]:
+        """Return the means; the same tensor for sites that read the same value."""
+        tokens = max((moment.rows for moment in self.inputs.values()), default=0)
+        grams: dict[tuple[fx.Node, ...], tuple[Tensor, Tensor, int]] = {}
+        made = {}
+        for fqn, taps in self.taps.items():
+            reads = tuple(dict.fromkeys(tap.reads for tap in taps))
+            if reads not in grams:
+                grams[reads] = self._means(fqn, reads)
+            gram, mean, rows = grams[reads]
+            fisher = None
+            if self.gradients:
+                total = sum((self.outputs[tap.gives].total() for tap in taps[1:]), self.outputs[taps[0].gives].total())
+                fisher = _finite(total / max(tokens, 1), fqn, "output gradients")
+            made[fqn] = Moments(gram=gram, mean=mean, fisher=fisher, tokens=rows)
+        return made
+
+    def _means(self, fqn: str, reads: tuple[fx.Node, ...]) -> tuple[Tensor, Tensor, int]:
+        rows = sum(self.inputs[node].rows for node in reads)
+        gram = sum((self.inputs[node].total() for node in reads[1:]), self.inputs[reads[0]].total())
+        mean = sum((self.inputs[node].column_sum() for node in reads[1:]), self.inputs[reads[0]].column_sum())
+        return _finite(gram / max(rows, 1), fqn, "inputs"), mean / max(rows, 1), rows
+
+
+def _finite(value: Tensor, fqn: str, what: str) -> Tensor:
+    if not bool(torch.isfinite(value).all()):
+        raise SiteError(
+            fqn,
+            expected=f"finite {what} on the calibration data",
+            got="NaN or infinite ones",
+            hint="Load the model as float32 (`model.dtype: float32`), or check the calibration data",
+        )
+    return value

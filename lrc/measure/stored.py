@@ -1,0 +1,55 @@
+"""Moments in the cache: one entry a site for its gradients, one for every input that several sites may share."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lrc.measure.cache import Cache, digest
+from lrc.measure.second_moments import pack_symmetric, unpack_symmetric
+from lrc.program import Program
+from lrc.solvers import Moments
+
+
+def store_moments(cache: Cache, key: str, program: Program, moments: Mapping[str, Moments]) -> None:
+    """Store moments; the entry of a site last, since it says that all of it is there."""
+    stored: set[str] = set()
+    for fqn, found in moments.items():
+        shared = _input_key(key, program, fqn)
+        if shared not in stored:
+            stored.add(shared)
+            assert found.gram is not None and found.mean is not None
+            rows = torch.tensor([found.tokens])
+            cache.put(shared, {"gram": pack_symmetric(found.gram), "mean": found.mean, "tokens": rows})
+        own = {} if found.fisher is None else {"fisher": pack_symmetric(found.fisher)}
+        cache.put(_site_key(key, fqn), own | {"there": torch.ones(1)})
+
+
+def load_moments(cache: Cache, key: str, program: Program, fqns: Iterable[str]) -> dict[str, Moments]:
+    """Return the moments that are stored; sites with the same inputs get the same tensors."""
+    shared: dict[str, tuple[Tensor, Tensor, int]] = {}
+    found = {}
+    for fqn in fqns:
+        own = cache.get(_site_key(key, fqn))
+        name = _input_key(key, program, fqn)
+        if own is not None and name not in shared:
+            entry = cache.get(name)
+            if entry is not None:
+                features = entry["mean"].shape[0]
+                shared[name] = unpack_symmetric(entry["gram"], features), entry["mean"], int(entry["tokens"])
+        if own is None or name not in shared:
+            continue
+        gram, mean, tokens = shared[name]
+        rows = program.sites[fqn].out_features
+        fisher = unpack_symmetric(own["fisher"], rows) if "fisher" in own else None
+        found[fqn] = Moments(gram=gram, mean=mean, fisher=fisher, tokens=tokens)
+    return found
+
+
+def _site_key(key: str, fqn: str) -> str:
+    return f"{digest(key, 'site', fqn)}-moments"
+
+
+def _input_key(key: str, program: Program, fqn: str) -> str:
+    reads = sorted({use.input for use in program.sites[fqn].uses})
+    return f"{digest(key, 'input', reads)}-inputs"

@@ -1,0 +1,87 @@
+"""Where in the graph the values are that calibration looks at: what a site reads, what it gives, which rows are padding."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from lrc.errors import SiteError
+from lrc.program import Program
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One use of a site: the node that it reads and the node that it gives."""
+
+    fqn: str
+    reads: fx.Node
+    gives: fx.Node
+
+
+def taps_of(program: Program, fqn: str) -> tuple[Tap, ...]:
+    """Return the uses of a site, in graph order. Raises SiteError when the graph has no such site or never uses it."""
+    site = program.sites.get(fqn)
+    nodes = program.nodes
+    if site is None or not site.uses:
+        raise SiteError(fqn, message="the captured graph has no linear of this name")
+    return tuple(Tap(fqn, nodes[use.input], nodes[use.node]) for use in site.uses)
+
+
+def placeholder_values(program: Program, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the values of the graph's placeholders, in order; what `inputs` lacks gets the program's default."""
+    return list(program.inputs.fill(inputs).values())
+
+
+def row_mask(node: fx.Node, value: Tensor, masks: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> Tensor | None:
+    """Return which rows of `value`, shape (..., features), are no padding: a flat bool tensor, or None for all.
+
+    masks: the batch's attention masks that hold zeros; shapes: the traced masks (symbolic shapes) by the same names. A
+    mask applies where the traced leading sizes of the node are the mask's, (batch, sequence, …) or flattened to one;
+    where nothing was traced, the sizes of this batch decide. A pooled value has one row a sample and no mask.
+    """
+    traced = node.meta.get("val")
+    for name, mask in masks.items():
+        leading, wanted = _sizes(value), _sizes(mask, whole=True)
+        if isinstance(traced, Tensor) and name in shapes:
+            leading, wanted = _sizes(traced), _sizes(shapes[name], whole=True)
+        if leading == wanted or leading == [_product(wanted)]:
+            return mask.reshape(-1).bool()
+    return None
+
+
+def padding_masks(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the two-dimensional masks of a batch that hide a token."""
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name.endswith("mask") and value.ndim == 2 and not bool(value.bool().all())
+    }
+
+
+def traced_masks(program: Program) -> dict[str, Tensor]:
+    """Return the traced values of the program's mask inputs, by name."""
+    found = {}
+    for node in program.graph_module.graph.nodes:
+        if node.op == "placeholder" and node.name.endswith("mask") and isinstance(node.meta.get("val"), Tensor):
+            found[node.name] = node.meta["val"]
+    return found
+
+
+def _sizes(value: Tensor, *, whole: bool = False) -> list[object]:
+    """Return the leading sizes, or all of them, as numbers or symbolic expressions."""
+    shape = value.shape if whole else value.shape[:-1]
+    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in shape]
+
+
+def _product(sizes: Sequence[object]) -> object:
+    product: object = 1
+    for size in sizes:
+        product = product * size  # type: ignore[operator] - sympy expressions and integers
+    return product
+
+
+def rows_of(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the unpadded rows of a value as (tokens, features)."""
+    rows = value.detach().reshape(-1, value.shape[-1])
+    return rows if mask is None else rows[mask]

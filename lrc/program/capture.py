@@ -1,0 +1,220 @@
+"""From a module, an exported program or an FX graph to a `Program`."""
+
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lrc.errors import CaptureError
+from lrc.program.inputs import Dynamic, Inputs, leading_batch, output_names
+from lrc.program.program import Calling, Origin, Program
+from lrc.program.sites import Names
+
+ATTEMPTS = 4
+Given = Mapping[str, Any] | Sequence[Any] | Tensor
+
+
+def capture_module(
+    model: nn.Module,
+    inputs: Given,
+    *,
+    dynamic: Dynamic | None = None,
+    largest: Mapping[str, int] | None = None,
+    constants: Mapping[str, Any] | None = None,
+    origin: Origin | None = None,
+) -> Program:
+    """Capture a module in eval mode, without gradients; the program shares the module's tensors.
+
+    inputs: example inputs by name, or as positional arguments. dynamic: input -> dimension -> name of the size; left out,
+    the first dimension of all inputs is `batch` where they agree on a size of at least 2. constants: further arguments that
+    are no tensors. The module's mode is restored. Raises CaptureError that names what torch.export refused, and where.
+    """
+    examples, extra = by_name(model, inputs)
+    extra |= dict(constants or {})
+    spec = Inputs(examples, leading_batch(examples) if dynamic is None else dynamic, largest or {})
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        exported, spec = _export(model, spec, extra)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    origin = origin or Origin(name=type(model).__name__)
+    return capture_exported(exported, origin=replace(origin, model=model), inputs=spec)
+
+
+def _export(
+    model: nn.Module, spec: Inputs, extra: Mapping[str, Any]
+) -> tuple[torch.export.ExportedProgram, Inputs]:
+    """Export a module; a size that the model bounds or fixes is bounded or fixed as torch.export suggests."""
+    for _ in range(ATTEMPTS):
+        shapes = spec.dims() | dict.fromkeys(extra)
+        try:
+            with torch.no_grad():
+                kwargs = {**spec.examples, **extra}
+                return torch.export.export(model, (), kwargs=kwargs, dynamic_shapes=shapes, strict=False), spec
+        except Exception as error:  # a model's own code may raise anything
+            narrowed = narrow(spec, str(error))
+            if narrowed is None:
+                raise refused(error, type(model).__name__) from error
+            spec = narrowed
+    raise CaptureError(type(model).__name__, message="torch.export finds no range of sizes that it accepts")
+
+
+def narrow(spec: Inputs, refusal: str) -> Inputs | None:
+    """Return the inputs with the bounds that torch.export's refusal suggests, or None where it suggests none."""
+    bounds = {name: int(top) for name, top in re.findall(r"(\w+) = Dim\('\w+'.*?max=(\d+)\)", refusal)}
+    fixed = set(re.findall(r"^ +(\w+) = \d+$", refusal, re.MULTILINE))
+    bounds = {name: top for name, top in bounds.items() if top < spec.largest.get(name, top + 1)}
+    dynamic = {
+        name: {dim: size for dim, size in dims.items() if size not in fixed} for name, dims in spec.dynamic.items()
+    }
+    if not bounds and dynamic == spec.dynamic:
+        return None
+    return Inputs(spec.examples, dynamic, {**spec.largest, **bounds})
+
+
+def capture_exported(
+    exported: torch.export.ExportedProgram, *, origin: Origin | None = None, inputs: Inputs | None = None
+) -> Program:
+    """Make a program of what `torch.export.export` returned, also after `run_decompositions`."""
+    module = exported.module(check_guards=False)
+    stored = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    names = Names.of(stored)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    outputs = output_names(exported.call_spec.out_spec)
+    _flatten(graph, outputs)
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in names.canonical:
+            node.target = names.canonical[node.target]
+    made = fx.GraphModule(module, graph)
+    found = inputs or _inputs_of(exported, graph)
+    placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
+    found = replace(found, examples={name: found.examples[name] for name in placeholders})
+    calling = Calling(exported.call_spec.in_spec, exported.call_spec.out_spec)
+    return Program(made, found, names, calling, origin or Origin(name="exported program"))
+
+
+def capture_graph(graph_module: fx.GraphModule, inputs: Given, *, dynamic: Dynamic | None = None) -> Program:
+    """Capture an FX graph of torch functions and modules, as `symbolic_trace` makes it, by exporting it."""
+    return capture_module(graph_module, inputs, dynamic=dynamic, origin=Origin(name="graph module"))
+
+
+def load_exported(path: Path) -> Program:
+    """Read a `.pt2` file. Raises CaptureError when it is none."""
+    try:
+        exported = torch.export.load(path)
+    except Exception as error:  # torch raises many kinds here, and the file is not ours
+        raise CaptureError(
+            str(path),
+            expected="a program saved by torch.export.save",
+            got=_first_line(error),
+            hint="A program that returns transformers' output classes needs `import transformers` first; "
+            "an AOTInductor package holds no graph: give the model that it was made from",
+        ) from error
+    return capture_exported(exported, origin=Origin(name=path.stem))
+
+
+def by_name(model: nn.Module, inputs: Given) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return example inputs by the names of `forward`'s parameters: the tensors, and all others."""
+    if isinstance(inputs, Mapping):
+        named = dict(inputs)
+    else:
+        positional = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        try:
+            bound = signature(model.forward).bind(*positional)
+        except TypeError as error:
+            raise CaptureError(type(model).__name__, message=f"the example inputs do not fit `forward`: {error}") from error
+        named = {}
+        for name, value in bound.arguments.items():
+            named |= value if isinstance(value, dict) else {name: value}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CaptureError(type(model).__name__, expected="example inputs", got="no tensor", hint="Give `inputs=`")
+    return tensors, {name: value for name, value in named.items() if not isinstance(value, Tensor)}
+
+
+def _flatten(graph: fx.Graph, outputs: Sequence[str]) -> None:
+    """Give the graph plain tensor inputs and a mapping of named tensors as output."""
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
+            if node.users:
+                raise CaptureError(node.name, expected="tensor inputs", got=type(node.meta.get("val")).__name__)
+            graph.erase_node(node)
+        elif node.op == "output":
+            returned = _leaves(node.args[0])
+            node.args = ({name: value for name, value in zip(outputs, returned, strict=True) if _is_tensor(value)},)
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, tuple | list):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return [value]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
+
+
+def _inputs_of(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Inputs:
+    """Read examples and dynamic sizes off an exported program whose maker we do not know."""
+    symbols: dict[str, str] = {}
+    dynamic: dict[str, dict[int, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        sizes: list[int] = []
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt):
+                symbol = str(size.node.expr)
+                known = "batch" if dim == 0 and "batch" not in symbols.values() else f"size{len(symbols)}"
+                if dim == 1 and symbol not in symbols and "sequence" not in symbols.values():
+                    known = "sequence"
+                name = symbols.setdefault(symbol, known)
+                dynamic.setdefault(node.name, {})[dim] = name
+                sizes.append(int(size.node.hint) if size.node.hint is not None else 2 + list(symbols).index(symbol))
+            else:
+                sizes.append(int(size))
+        shapes[node.name] = tuple(sizes)
+    examples: dict[str, Tensor] = {}
+    given = [t for t in torch.utils._pytree.tree_leaves(exported.example_inputs) if isinstance(t, Tensor)]
+    for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
+        value = node.meta["val"]
+        if i < len(given) and given[i].shape == shapes[node.name]:
+            examples[node.name] = given[i]
+        elif value.dtype.is_floating_point:
+            generator = torch.Generator().manual_seed(i)
+            examples[node.name] = torch.randn(shapes[node.name], generator=generator, dtype=torch.float32).to(value.dtype)
+        else:
+            examples[node.name] = torch.ones(shapes[node.name], dtype=value.dtype)
+    return Inputs(examples, dynamic)
+
+
+def refused(error: BaseException, name: str) -> CaptureError:
+    """Return the error of a capture that torch.export refused, with the line of the model's code where it stopped."""
+    frames = traceback.extract_tb(error.__traceback__)
+    root = str(Path(torch.__file__).parent)
+    ours = str(Path(__file__).parent)
+    outside = [f for f in frames if not f.filename.startswith((root, ours, "<")) and f.name != "forward_no_grad"]
+    place = ""
+    if outside:
+        last = outside[-1]
+        place = f"{Path(last.filename).name}:{last.lineno}: `{(last.line or '').strip()}`"
+    return CaptureError(
+        f"{name}{' at ' + place if place else ''}",
+        message=f"torch.export refused the model: {type(error).__name__}: {_first_line(error)}",
+        hint="Rewrite that line without control flow that depends on values, or compile the part of the model around it",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -1,0 +1,121 @@
+"""Loading a Hugging Face folder with transformers, checked, and capturing it with inputs chosen for its task."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrc.errors import ModelError, UsageError
+from lrc.program.capture import capture_module
+from lrc.program.folder import check_weights, read_config
+from lrc.program.program import Origin, Program
+from lrc.program.tasks import auto_class, example_inputs, infer_task
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def capture_folder(
+    folder: Path,
+    *,
+    name: str = "",
+    task: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Program:
+    """Load a folder and capture it. Raises ModelError or CaptureError."""
+    model, task = load_folder(folder, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = model.to(device)
+    examples = example_inputs(model, model.config, folder)
+    return capture_module(
+        model,
+        {name: tensor.to(device) for name, tensor in examples.tensors.items()},
+        dynamic=examples.dynamic,
+        largest=examples.largest,
+        constants=examples.constants,
+        origin=Origin(task=task, folder=folder, name=name or str(folder)),
+    )
+
+
+def load_folder(
+    folder: Path, *, task: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[nn.Module, str]:
+    """Return the transformers model of a folder in eval mode, every number checked to be finite, and its task.
+
+    Raises ModelError for missing, damaged or non-finite weights, and UsageError without transformers.
+    """
+    transformers = need_transformers()
+    config = read_config(folder)
+    check_weights(folder)
+    task = task or infer_task(config, folder)
+    loader = getattr(transformers, auto_class(task))
+    kind = str(config.get("model_type", ""))
+    if kind.startswith("lrc_"):
+        import lrc.hf  # noqa: F401 - registers our folders with the auto classes
+    try:
+        with _quiet(transformers):
+            model, found = loader.from_pretrained(
+                folder, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, local_files_only=True,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        raise ModelError(
+            str(folder),
+            message=f"transformers cannot load the folder: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            hint=f"Is `model.task: {task}` right? The config names {config.get('architectures')}",
+        ) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            str(folder),
+            message=f"the weights lack {len(missing)} tensors, first {missing[0]!r}",
+            hint="Copy the whole folder again, or name the `task` that it was trained for",
+        )
+    check_finite(model, str(folder))
+    made: nn.Module = model.eval()
+    return made, task
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """Raise ModelError that names the first tensor with a NaN or an infinite value."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f"{where}: {name}",
+                expected="finite numbers",
+                got=f"{bad} of {tensor.numel()} that are NaN or infinite",
+                hint="The checkpoint is damaged, or was saved after training diverged",
+            )
+
+
+def need_transformers() -> Any:
+    """Return the module transformers. Raises UsageError with the line that installs it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            "transformers", message="this model needs transformers, which is not installed", hint="pip install 'lrc-compiler[hf]'"
+        ) from error
+    return transformers
+
+
+class _quiet:  # noqa: N801 - used as a context manager
+    """Keeps transformers' own reports of a load off the terminal: what matters is checked and raised here."""
+
+    def __init__(self, transformers: Any) -> None:
+        self.logging = transformers.utils.logging
+        self.level = self.logging.get_verbosity()
+        self.bars = self.logging.is_progress_bar_enabled()
+
+    def __enter__(self) -> None:
+        self.logging.set_verbosity_error()
+        self.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        self.logging.set_verbosity(self.level)
+        if self.bars:
+            self.logging.enable_progress_bar()

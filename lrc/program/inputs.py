@@ -1,0 +1,81 @@
+"""What a program takes and gives, by name: example tensors and the dimensions that may change."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lrc.errors import UsageError
+
+Dynamic = Mapping[str, Mapping[int, str]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One example of every input, in the order of the graph's placeholders.
+
+    dynamic: input name -> dimension -> name of the dynamic size (`batch`, `sequence`). Dimensions with one name are equal.
+    largest: the largest value of a dynamic size, where the model has one (positions of a learned embedding).
+    """
+
+    examples: Mapping[str, Tensor]
+    dynamic: Dynamic = field(default_factory=dict)
+    largest: Mapping[str, int] = field(default_factory=dict)
+
+    def dims(self) -> dict[str, dict[int, Any]]:
+        """Return the dynamic dimensions as `torch.export.export` takes them, one entry an input."""
+        names = {name for dims in self.dynamic.values() for name in dims.values()}
+        made = {name: torch.export.Dim(name, max=self.largest.get(name)) for name in sorted(names)}
+        return {
+            name: {dim: made[size] for dim, size in self.dynamic.get(name, {}).items()} for name in self.examples
+        }
+
+    def fill(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return a value for every input; a missing mask, token type or position gets that of one unpadded text.
+
+        Entries that the program does not take (`labels`) are left out. Raises UsageError for an input that is missing.
+        """
+        made = {name: given[name] for name in self.examples if given.get(name) is not None}
+        for name in self.examples:
+            if name not in made:
+                made[name] = self._default(name, made)
+        return {name: made[name] for name in self.examples}
+
+    def _default(self, name: str, given: Mapping[str, Tensor]) -> Tensor:
+        tokens = given.get("input_ids")
+        like = self.examples[name]
+        if tokens is not None and name == "attention_mask":
+            return torch.ones(tokens.shape, dtype=like.dtype, device=tokens.device)
+        if tokens is not None and name == "token_type_ids":
+            return torch.zeros(tokens.shape, dtype=like.dtype, device=tokens.device)
+        if tokens is not None and name == "position_ids":
+            positions = torch.arange(tokens.shape[-1], dtype=like.dtype, device=tokens.device)
+            return positions.expand(tokens.shape).contiguous()
+        raise UsageError(
+            "inputs", expected=f"the inputs {', '.join(self.examples)}", got=", ".join(given) or "none", hint=f"Give `{name}`"
+        )
+
+
+def leading_batch(examples: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
+    """Return dimension 0 of every input as `batch`, where all agree on a size of at least 2; else nothing is dynamic."""
+    sizes = {t.shape[0] if t.ndim else 0 for t in examples.values()}
+    if len(sizes) != 1 or min(sizes) < 2:
+        return {}
+    return {name: {0: "batch"} for name in examples}
+
+
+def output_names(spec: pytree.TreeSpec) -> list[str]:
+    """Return a name for every leaf of a module's output: its key, `output`, or `output_<i>`; nested names are joined."""
+
+    def walk(value: Any, name: str) -> list[str]:
+        if isinstance(value, Mapping):
+            return [leaf for key, part in value.items() for leaf in walk(part, f"{name}.{key}" if name else str(key))]
+        if isinstance(value, tuple | list):
+            keys = getattr(value, "_fields", [f"{name or 'output'}_{i}" for i in range(len(value))])
+            return [leaf for key, part in zip(keys, value, strict=True) for leaf in walk(part, str(key))]
+        return [name or "output"]
+
+    return walk(pytree.tree_unflatten(list(range(spec.num_leaves)), spec), "")

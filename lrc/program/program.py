@@ -1,0 +1,251 @@
+"""A captured program: one FX graph, its sites, and the maps that stand at them."""
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from lrc.errors import SiteError
+from lrc.maps import LinearMap
+from lrc.program.inputs import Inputs
+from lrc.program.linears import consumers, find_linears
+from lrc.program.sites import Names, Site, find_sites
+
+
+@dataclass(frozen=True)
+class Calling:
+    """How the captured module was called: the trees of its arguments and of what it returned."""
+
+    in_spec: pytree.TreeSpec | None = None
+    out_spec: pytree.TreeSpec | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a program comes from.
+
+    model: the user's module, for `graft`; task: as transformers names them; folder: a Hugging Face folder; name: for people.
+    """
+
+    model: nn.Module | None = None
+    task: str | None = None
+    folder: Any = None
+    name: str = "model"
+
+
+@dataclass
+class Program:
+    """A captured graph with named tensor inputs and a mapping of named tensors as output.
+
+    graph_module: the graph; inputs: its examples and dynamic sizes; names: the stored tensors in model order; maps: what
+    stands at the raised sites now, by site; made_by: the pass that put it there.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: Inputs
+    names: Names
+    calling: Calling = field(default_factory=Calling)
+    origin: Origin = field(default_factory=Origin)
+    maps: dict[str, LinearMap] = field(default_factory=dict)
+    made_by: dict[str, str] = field(default_factory=dict)
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.originals:
+            self.originals = stored_tensors(self.graph_module)
+        self.sites: dict[str, Site] = find_sites(self, self.graph_module.graph, self.originals, self.names)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Run the graph on the inputs, by name or as the captured module takes them; return tensors by name."""
+        named = self.bind(args, kwargs)
+        result: dict[str, Tensor] = self.graph_module(**self.inputs.fill(named))
+        return result
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return arguments by the names of the graph's inputs."""
+        if not args and all(value is None or isinstance(value, Tensor) for value in kwargs.values()):
+            return dict(kwargs)
+        flat = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        return dict(zip(self.inputs.examples, flat, strict=False))
+
+    @property
+    def task(self) -> str | None:
+        """The task, as transformers names them, or None."""
+        return self.origin.task
+
+    @cached_property
+    def nodes(self) -> dict[str, fx.Node]:
+        """The nodes of the graph by name."""
+        return {node.name: node for node in self.graph_module.graph.nodes}
+
+    def position(self, fqn: str) -> int:
+        """Return the place of a site's first use in the graph."""
+        order = {name: i for i, name in enumerate(self.nodes)}
+        return min(order[use.node] for use in self.site(fqn).uses)
+
+    def site(self, fqn: str) -> Site:
+        """Return a site. Raises SiteError when the program has none of this name."""
+        if fqn not in self.sites:
+            raise SiteError(fqn, message="the captured graph has no linear of this name", hint="`lrc inspect` lists them")
+        return self.sites[fqn]
+
+    def map_of(self, fqn: str) -> LinearMap:
+        """Return the map that stands at a site now; a site that no pass has touched has its dense map."""
+        return self.maps.get(fqn) or self.site(fqn).original(self.originals)
+
+    def replace(self, fqn: str, made: LinearMap, by: str = "", *, settle: bool = True) -> None:
+        """Put a map at a site: at every use, with that use's own bias. The first time, the ATen nodes become calls.
+
+        settle: check the graph and compile it again, which many replacements in a row need only once (`settle()`).
+        Raises SiteError for a map of another shape.
+        """
+        site = self.site(fqn)
+        if (made.out_features, made.in_features) != site.shape:
+            raise SiteError(fqn, expected=f"a map of shape {site.shape}", got=repr(made))
+        if fqn not in self.maps:
+            self._raise(site)
+        self.maps[fqn], self.made_by[fqn] = made, by
+        for module, use_map in self.placed(fqn).items():
+            _put(self.graph_module, module, use_map)
+        if settle:
+            self.settle()
+
+    def settle(self) -> None:
+        """Check the graph after replacements, and compile it again."""
+        self.graph_module.graph.lint()
+        self.graph_module.recompile()
+
+    def placed(self, fqn: str) -> dict[str, LinearMap]:
+        """Return what stands at each module name of a site: one map, with the own bias of each use."""
+        site, made = self.site(fqn), self.maps[fqn]
+        first = site.uses[0].bias
+        placed: dict[str, LinearMap] = {}
+        for use in site.uses:
+            placed[use.module] = made if use.bias == first else made.with_bias(self._own_bias(made, first, use.bias))
+        return placed
+
+    def _own_bias(self, made: LinearMap, first: str | None, own: str | None) -> nn.Parameter | None:
+        """Return this use's bias, moved by as much as the map's bias moved from that of the first use."""
+        parts = [0.0 if own is None else self.originals[own].detach().double()]
+        if made.bias is not None:
+            before = 0.0 if first is None else self.originals[first].detach().double()
+            parts.append(made.bias.detach().double() - before)
+        total = sum(parts[1:], parts[0])
+        return nn.Parameter(total.to(made.dtype)) if isinstance(total, Tensor) else None
+
+    def _raise(self, site: Site) -> None:
+        graph, nodes = self.graph_module.graph, self.nodes
+        for use in site.uses:
+            old = nodes[use.node]
+            with graph.inserting_before(old):
+                new = graph.call_module(use.module, (nodes[use.input],))
+            new.meta = dict(old.meta)
+            old.replace_all_uses_with(new)
+            _erase_unused(graph, old)
+            new.name = use.node
+        del self.nodes
+
+    def unsupported(self) -> list[str]:
+        """Return the operations that read stored matrices of two or more dimensions and are no linears, by plain names."""
+        graph = self.graph_module.graph
+        named = stored_tensors(self.graph_module)
+        found = consumers(graph, find_linears(graph, named), named)
+        return sorted({name for names in found.values() for name in names})
+
+    def clone(self) -> "Program":
+        """Return a program with its own graph that shares every tensor with this one."""
+        twin = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
+        made = replace(self, graph_module=twin, maps=dict(self.maps), made_by=dict(self.made_by))
+        made.sites = {fqn: replace(site, program=made) for fqn, site in self.sites.items()}
+        return made
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor that the graph reads, by name, each storage once."""
+        return stored_tensors(self.graph_module)
+
+    def size(self) -> tuple[int, int]:
+        """Return the program's stored floating numbers, and all its stored bytes."""
+        tensors = list(self.tensors().values())
+        numbers = sum(t.numel() for t in tensors if t.is_floating_point())
+        return numbers, sum(t.numel() * t.element_size() for t in tensors)
+
+    def digest(self) -> str:
+        """Return the hash of the graph and of every number in it, 64 hexadecimal digits."""
+        sha = hashlib.sha256(str(self).encode())
+        for name, tensor in self.tensors().items():
+            data = tensor.detach().cpu().contiguous()
+            sha.update(f"{name}:{data.dtype}:{tuple(data.shape)};".encode())
+            sha.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()) if data.numel() else b"")
+        return sha.hexdigest()
+
+    def export(self) -> torch.export.ExportedProgram:
+        """Return the graph as an exported program with flat, named inputs and a mapping as output."""
+        with torch.no_grad():
+            return torch.export.export(
+                self.graph_module, (), kwargs=dict(self.inputs.examples), dynamic_shapes=self.inputs.dims(), strict=False
+            )
+
+    def module(self) -> nn.Module:
+        """Return a module that takes and returns what the captured one did."""
+        return Callable_(self)
+
+    def __str__(self) -> str:
+        from lrc.program.text import program_text
+
+        return program_text(self)
+
+
+class Callable_(nn.Module):  # noqa: N801 - not for users; its class name shows in a repr only
+    """A program as a module: the graph's own tree of parameters, called and answering as the captured module did."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        for name, child in program.graph_module.named_children():
+            self.add_module(name, child)
+        for name, parameter in program.graph_module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in program.graph_module.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        self._program = (program,)  # in a tuple, so that its parameters are not registered a second time
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program; the result has the type that the captured module returned."""
+        program = self._program[0]
+        outputs = program(*args, **kwargs)
+        spec = program.calling.out_spec
+        return outputs if spec is None else pytree.tree_unflatten(list(outputs.values()), spec)
+
+
+def stored_tensors(graph_module: fx.GraphModule) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a graph module by name, each object once."""
+    return dict(_named(graph_module))
+
+
+def _named(graph_module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
+    yield from graph_module.named_parameters()
+    yield from graph_module.named_buffers()
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nothing uses, and then every input of it that nothing else uses."""
+    if node.users or node.op == "placeholder":
+        return
+    reads = node.all_input_nodes
+    graph.erase_node(node)
+    for read in reads:
+        _erase_unused(graph, read)
+
+
+def _put(root: nn.Module, fqn: str, made: LinearMap) -> None:
+    """Set a submodule, in place of the module or parameter of that name."""
+    parent_name, _, name = fqn.rpartition(".")
+    parent = root.get_submodule(parent_name) if parent_name else root
+    if name in parent._parameters or name in parent._buffers:
+        delattr(parent, name)
+    setattr(parent, name, made)

@@ -1,0 +1,61 @@
+"""Plans, metrics and checks as tables in the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lrc.report.units import count, share, size
+from lrc.run.plan import Decision, Plan, totals
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Return the plan: a row per site, the totals, and what was noticed."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, justify in (
+        ("site", "left"), ("rule", "left"), ("shape", "right"), ("rank", "right"), ("form", "left"), ("kept", "right"),
+        ("loss", "right"), ("FLOPs/token", "right"), ("bytes", "right"), ("note", "left"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]  # rich wants a Literal
+    for decision in plan.decisions:
+        table.add_row(*_row(decision), style="dim" if decision.keep else None)
+    return Group(table, *(Text(line) for line in summary_lines(plan)))
+
+
+def _row(d: Decision) -> tuple[str, ...]:
+    loss = f"{d.predicted:.3g}" if d.predicted is not None else ""
+    note = "; ".join(([f"stays dense: {d.keep}"] if d.keep else []) + list(d.notes))
+    return (
+        d.name, d.rule, d.before.text, str(d.rank or ""), d.form or "", share(d.after.parameters, d.before.parameters),
+        loss, f"{count(d.before.flops)} → {count(d.after.flops)}", f"{size(d.before.bytes)} → {size(d.after.bytes)}", note,
+    )  # fmt: skip
+
+
+def summary_lines(plan: Plan) -> list[str]:
+    """Return the totals of a plan as lines of text."""
+    before, after = totals(plan.decisions)
+    units = sorted({d.unit for d in plan.decisions if d.unit})
+    lines = [
+        f"targets: {count(before)} → {count(after)} parameters ({share(after, before)} kept)",
+        f"model:   {count(plan.parameters[0])} → {count(plan.parameters[1])} parameters, "
+        f"{size(plan.bytes[0])} → {size(plan.bytes[1])}",
+    ]
+    for unit in units:
+        lost = sum(d.predicted or 0 for d in plan.decisions if d.unit == unit)
+        lines.append(f"predicted loss, all sites: {lost:.4g} {unit}")
+    if plan.peak_memory:
+        lines.append(f"predicted peak memory: {size(plan.peak_memory)}")
+    lines += [f"pattern {pattern!r} is overruled everywhere by a later one" for pattern in plan.shadowed]
+    return lines + list(plan.notes)
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return any list of equal mappings as a table; numbers are right-aligned."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for key, value in (rows[0] if rows else {}).items():
+        table.add_column(key, justify="right" if isinstance(value, (int, float)) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    return table

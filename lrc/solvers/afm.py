@@ -1,0 +1,88 @@
+"""Atomic feature mimicking: principal components of a layer's outputs, and LoRD, which is the same on a language model."""
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lrc.solvers.base import Decomposition, Moments, Need, SolverOptions, solver
+from lrc.solvers.checks import check
+from lrc.solvers.inputs import input_moment
+from lrc.solvers.ladder import root
+from lrc.solvers.terms import eigenvectors, storage_dtype, stored
+from lrc.solvers.whitened import UNIT, with_bias
+
+
+class AfmSolver(SolverOptions):
+    """Principal components of the layer's outputs."""
+
+    type: Literal["afm"] = "afm"
+    center: bool = Field(
+        default=True,
+        description="Take the mean output out and keep it in the bias (adds a bias to a layer that has none).",
+    )
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS})
+
+
+class LordSolver(SolverOptions):
+    """LoRD: feature mimicking of a language model's linear layers, one shot."""
+
+    type: Literal["lord"] = "lord"
+    center: bool = Field(
+        default=True,
+        description="Take the mean output out and keep it in the bias (adds a bias to a layer that has none).",
+    )
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS})
+
+
+@solver(AfmSolver)
+def afm(
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: Moments,
+    max_rank: int,
+    options: AfmSolver,
+    generator: torch.Generator,
+) -> Decomposition:
+    """Return the principal components of y = W x + b: ŷ = U_r U_rᵀ (y - E y) + E y.
+
+    weight: (out_features, in_features). B = U orthonormal, A = Uᵀ W; S² the eigenvalues of the outputs' covariance, so the
+    loss at rank r is the mean squared output error per token. Computed in float64 from the inputs' moments. Raises
+    SolverError on statistics that are missing, misshapen or not finite.
+    Source: Yu & Wu (2023), AAAI, doi:10.1609/aaai.v37i9.26304, and Yu et al. (2024), arXiv:2405.18146. Departures: the
+    covariance of y is W C Wᵀ from that of x; the part of b inside U_r stays in the second bias.
+    """
+    check(weight, bias, moments, max_rank, options.needs)
+    return _components(weight, bias, moments, max_rank, options.center)
+
+
+@solver(LordSolver)
+def lord(
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: Moments,
+    max_rank: int,
+    options: LordSolver,
+    generator: torch.Generator,
+) -> Decomposition:
+    """Return the same components as `afm`, under the name of the method for language models.
+
+    Shapes, units and errors as for `afm`. Source: Kaushal, Vaidhya & Rish (2023), LoRD, arXiv:2309.14021. The paper leaves
+    a layer dense whose rank does not shrink it; that is decided by `lrc.ranks`.
+    """
+    check(weight, bias, moments, max_rank, options.needs)
+    return _components(weight, bias, moments, max_rank, options.center)
+
+
+def _components(weight: Tensor, bias: Tensor | None, moments: Moments, max_rank: int, center: bool) -> Decomposition:
+    W = weight.double()
+    L = root(input_moment(moments, center), "gram", variant="eigh")
+    D = L.apply(W)
+    U = eigenvectors(D @ D.T) if D.shape[0] <= D.shape[1] else torch.linalg.svd(D, full_matrices=False)[0]
+    S = (U.T @ D).norm(dim=1)
+    order = S.argsort(descending=True, stable=True)
+    U = U[:, order]
+    terms = stored(U, U.T @ W, S[order], max_rank, storage_dtype(weight), balance=False)
+    return with_bias(replace(terms, scale=L.weight, unit=UNIT, notes=L.notes), weight, bias, moments, center)

@@ -1,0 +1,86 @@
+"""Our default: the weight whitened on both sides, by its inputs and by the loss's gradient at its outputs."""
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lrc.errors import SolverError
+from lrc.solvers.base import LOSS_UNIT, Decomposition, Moments, Need, solver
+from lrc.solvers.checks import check
+from lrc.solvers.inputs import InputsOptions, centers, input_moment, propagated_target
+from lrc.solvers.ladder import root
+from lrc.solvers.terms import ordered_terms, storage_dtype
+from lrc.solvers.whitened import with_bias
+
+GROWTH = 10.0  # a truncated weight this much larger than W has lost its digits in directions that the loss does not see
+STEP = 10.0
+ATTEMPTS = 8
+
+
+class KfacSolver(InputsOptions):
+    """The least loss in second order: inputs and output gradients weigh the error (Kronecker-factored Fisher)."""
+
+    type: Literal["kfac"] = "kfac"
+    damping_in: float = Field(
+        default=1e-6, ge=0, description="Added to the diagonal of the inputs' second moment, of its mean."
+    )
+    damping_out: float = Field(
+        default=1.0, ge=0, description="Added to the diagonal of the gradients' second moment, of its mean."
+    )
+    fisher: Literal["auto", "sampled", "labels", "outputs"] = Field(
+        default="auto",
+        description="Gradients of: labels drawn from the model's own prediction, the data's labels, or a squared error of "
+        "the outputs; auto: sampled for a model with logits, outputs for all others.",
+    )
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS, Need.GRADIENTS})
+
+
+@solver(KfacSolver)
+def kfac(
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: Moments,
+    max_rank: int,
+    options: KfacSolver,
+    generator: torch.Generator,
+) -> Decomposition:
+    """Return the terms that minimise 1/2 tr(G dW C dWᵀ), the loss's increase in second order, for every rank.
+
+    weight: (out_features, in_features). C = E[x xᵀ] (or the covariance, with the mean kept by the bias), G = E[g gᵀ], both
+    damped; U S Vᵀ = svd(Kᵀ W L), L Lᵀ = C, K Kᵀ = G. The loss at rank r, 1/2 sum of S[r:]², is in nats per token and adds
+    up over layers. Computed in float64. Raises SolverError on statistics that are missing, misshapen or not finite.
+    Source: Martens & Grosse (2015), arXiv:1503.05671, for the Kronecker factors. Departure: the damping of G is raised where
+    the truncated weight outgrows W, and a note says so.
+    """
+    check(weight, bias, moments, max_rank, options.needs)
+    if moments.fisher is None:
+        raise SolverError("moments.fisher", expected="the second moment of the output gradients", got="none")
+    center = centers(options, bias)
+    L = root(input_moment(moments, center), "gram", options.damping_in)
+    target = propagated_target(weight, moments, options.blend, center=center)
+    damping, notes = options.damping_out, L.notes
+    for _ in range(ATTEMPTS):
+        K = root(moments.fisher, "fisher", damping)
+        terms = ordered_terms(target, K, L, max_rank, storage_dtype(weight))
+        if growth(terms, target) <= GROWTH:
+            break
+        damping = max(damping, 1e-6) * STEP
+    if damping != options.damping_out:
+        notes += (
+            f"damping_out raised from {options.damping_out:g} to {damping:g}: the truncated weight outgrew the weight",
+        )
+    scale = 0.5 * L.weight * K.weight
+    terms = replace(terms, scale=scale, unit=LOSS_UNIT, notes=notes + K.notes)
+    return with_bias(terms, weight, bias, moments, center)
+
+
+def growth(terms: Decomposition, weight: Tensor) -> float:
+    """Return ||B A||_F / ||W||_F at half of the stored rank, where rounding in unseen directions would show."""
+    rank = (len(terms.S) + 1) // 2
+    B, A = terms.B[:, :rank].double(), terms.A[:rank].double()
+    squared = float(((B.T @ B) * (A @ A.T)).sum())
+    norm = float(weight.double().norm())
+    return squared**0.5 / norm if norm > 0 and squared > 0 else 0.0

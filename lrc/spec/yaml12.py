@@ -1,0 +1,82 @@
+"""YAML 1.2 scalars with the line of every value: `1e-6` is a number, `yes` is a word, a key given twice is an error."""
+
+import re
+from typing import Any
+
+import yaml
+
+from lrc.errors import SpecError
+
+Path = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with the scalars of YAML 1.2's core schema."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+
+
+for _tag, _pattern, _first in (
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", list("~nN") + [""]),
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", list("-+0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), _first)
+
+
+def parse(text: str, where: str) -> tuple[Any, dict[Path, int]]:
+    """Return the data of a YAML (or JSON) text, and the line of every value by its path.
+
+    Raises SpecError with file and line for what is no YAML, for a key given twice, and for aliases that contain themselves.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[Path, int] = {}
+        return (None if node is None else _build(loader, node, (), lines, where)), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise SpecError(f"{where}:{line}", expected="YAML", got=str(error.problem or error)) from error
+    except yaml.YAMLError as error:
+        raise SpecError(where, expected="YAML", got=str(error).splitlines()[0]) from error
+    finally:
+        loader.dispose()
+
+
+def parse_value(text: str) -> Any:
+    """Return the value of a scalar or a flow collection, as an override gives it; what is no YAML is a word."""
+    try:
+        return parse(text, "override")[0]
+    except SpecError:
+        return text
+
+
+def _build(loader: _Loader, node: yaml.Node, path: Path, lines: dict[Path, int], where: str) -> Any:
+    if len(path) > 60:
+        raise SpecError(f"{where}:{node.start_mark.line + 1}", message="the file is nested too deeply")
+    lines[path] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        data: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise SpecError(f"{where}:{line}", expected="a word as key", got=repr(key))
+            if key in data:
+                raise SpecError(f"{where}:{line}", message=f"the key `{key}` is given twice", hint="Remove one")
+            data[key] = _build(loader, value_node, (*path, key), lines, where)
+            lines[(*path, key)] = line
+        return data
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, part, (*path, i), lines, where) for i, part in enumerate(node.value)]
+    if node.tag == "tag:yaml.org,2002:float":
+        return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    if node.tag == "tag:yaml.org,2002:int":
+        return int(node.value)
+    return loader.construct_object(node)  # type: ignore[no-untyped-call]
