@@ -184,11 +184,15 @@ class Program:
             sha.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()) if data.numel() else b"")
         return sha.hexdigest()
 
-    def export(self) -> torch.export.ExportedProgram:
-        """Return the graph as an exported program with flat, named inputs and a mapping as output."""
+    def export(self, *, static: bool = False) -> torch.export.ExportedProgram:
+        """Return the graph as an exported program with flat, named inputs and a mapping as output.
+
+        static: for the shapes of the examples alone.
+        """
+        shapes = None if static else self.inputs.dims()
         with torch.no_grad():
             return torch.export.export(
-                self.graph_module, (), kwargs=dict(self.inputs.examples), dynamic_shapes=self.inputs.dims(), strict=False
+                self.graph_module, (), kwargs=dict(self.inputs.examples), dynamic_shapes=shapes, strict=False
             )
 
     def module(self) -> nn.Module:

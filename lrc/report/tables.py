@@ -1,9 +1,10 @@
 """Plans, metrics and checks as tables in the terminal."""
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -49,6 +50,32 @@ def summary_lines(plan: Plan) -> list[str]:
         lines.append(f"predicted peak memory: {size(plan.peak_memory)}")
     lines += [f"pattern {pattern!r} is overruled everywhere by a later one" for pattern in plan.shadowed]
     return lines + list(plan.notes)
+
+
+def plain_report(plan: Plan, width: int = 160) -> str:
+    """Return the plan as plain text."""
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(plan_table(plan))
+    return console.export_text()
+
+
+def result_table(summary: Mapping[str, Any]) -> RenderableType:
+    """Return what a finished run has to tell: files, checks, metrics, gates."""
+    before, after = summary["parameters"]
+    parts: list[RenderableType] = [
+        Text(f"{summary['output']}: {count(before)} → {count(after)} parameters, "
+             f"{size(summary['bytes'][0])} → {size(summary['bytes'][1])}")
+    ]  # fmt: skip
+    for name, path in summary["artifacts"].items():
+        worst = [row["largest"] for row in summary["parity"] if row["format"] == name]
+        checked = f"largest difference {max(worst):.2g}" if worst else "not checked"
+        notes = "; ".join(summary["notes"].get(name, ()))
+        parts.append(Text(f"  {name}: {path} ({checked}{'; ' + notes if notes else ''})"))
+    for title in ("metrics", "gates"):
+        if summary[title]:
+            parts.append(rows_table(summary[title]))
+    parts += [Text(f"failed: {text}") for text in summary["failures"]]
+    return Group(*parts)
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:

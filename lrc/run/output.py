@@ -18,6 +18,7 @@ from typing import IO
 from lrc.errors import LowerError, LrcError, UsageError
 
 JOURNAL = "journal.json"
+SPARE = 1 << 20  # with fewer bytes free, a writer that failed did so for want of space
 MARK = Path("lrc") / "manifest.json"  # what only a finished folder of ours has
 
 
@@ -42,13 +43,14 @@ class OutputFolder:
     """The folder that a run leaves.
 
     path: where it shall be; key: the hash of everything that decides its bytes. An existing folder is refused unless it is
-    empty, or `overwrite` is set and it is a finished output of ours.
+    empty, or `overwrite` is set and it is a finished output of ours. resume: take over what a killed run had finished.
     """
 
-    def __init__(self, path: Path, key: str, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, key: str, *, overwrite: bool = False, resume: bool = True) -> None:
         self.path = path.absolute()
         self.key = key
         self.overwrite = overwrite
+        self.resume = resume
         self.staging = self.path.with_name(f".{self.path.name}.partial")
         self._lock: IO[str] | None = None
         self._done: dict[str, dict[str, str]] = {}
@@ -70,7 +72,9 @@ class OutputFolder:
         self.check()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        self._done = self._finished_steps()
+        if self._old.exists() and not self.path.exists():
+            self._old.rename(self.path)  # killed while publishing, between two renames
+        self._done = self._finished_steps() if self.resume else {}
         if not self._done and self.staging.exists():
             shutil.rmtree(self.staging)
         self.staging.mkdir(exist_ok=True)
@@ -82,6 +86,10 @@ class OutputFolder:
         if self._lock is not None:
             self._lock_path.unlink(missing_ok=True)
             self._lock.close()
+
+    @property
+    def _old(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.old")
 
     @property
     def _lock_path(self) -> Path:
@@ -116,6 +124,10 @@ class OutputFolder:
         """Say whether a step's files are there from an earlier, killed run."""
         return step in self._done
 
+    def steps(self) -> list[str]:
+        """Return the finished steps, in order."""
+        return list(self._done)
+
     def files(self, step: str) -> dict[str, str]:
         """Return the files of a finished step, as relative path -> sha256."""
         return self._done[step]
@@ -131,12 +143,17 @@ class OutputFolder:
         try:
             yield scratch
             self._adopt(name, scratch)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except Exception as error:  # writers raise errors of their own when the disk is full
+            if not self._disk_is_full(error):
                 raise
             raise self._full(name) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _disk_is_full(self, error: Exception) -> bool:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        return "No space left" in str(error) or "os error 28" in str(error) or shutil.disk_usage(self.staging).free < SPARE
 
     def _full(self, name: str) -> LrcError:
         free = shutil.disk_usage(self.path.parent).free
@@ -162,13 +179,12 @@ class OutputFolder:
         """Make the finished folder appear under its name. Returns its path."""
         (self.staging / JOURNAL).unlink(missing_ok=True)
         _sync_folder(self.staging)
-        old = self.path.with_name(f".{self.path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
         if self.path.exists():
-            self.path.rename(old)
+            self.path.rename(self._old)
         self.staging.rename(self.path)
         _sync_folder(self.path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
         return self.path
 
 

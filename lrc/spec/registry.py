@@ -6,6 +6,7 @@ the value of an entry point is one rule or a tuple of rules. `register` adds one
 """
 
 import difflib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -58,6 +59,7 @@ class Registry:
         self.tag = tag
         self._rules: dict[str, Rule[Any, Any]] = {}
         self._loaded = False
+        self._lock = threading.RLock()
 
     def rule(self, options: type[SpecModel]) -> Callable[[Callable[P, R]], Rule[P, R]]:
         """Tie the decorated function to `options`. Registers nothing."""
@@ -78,11 +80,12 @@ class Registry:
         """Read the entry points of the group, once."""
         if self._loaded:
             return
-        self._loaded = True
-        for entry in sorted(entry_points(group=self.group), key=lambda e: (e.name != "builtin", e.name, e.value)):
-            found = entry.load()
-            for rule in found if isinstance(found, tuple) else (found,):
-                self.register(rule)
+        with self._lock:
+            for entry in sorted(entry_points(group=self.group), key=lambda e: (e.name != "builtin", e.name, e.value)):
+                found = entry.load()
+                for rule in found if isinstance(found, tuple) else (found,):
+                    self.register(rule)
+            self._loaded = True
 
     def __iter__(self) -> Iterator[Rule[Any, Any]]:
         self.load()

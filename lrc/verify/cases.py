@@ -1,32 +1,16 @@
-"""Inputs at a chosen shape, made from a program's example inputs, with what the program in memory answers."""
+"""Inputs at chosen shapes, made from a program's example inputs, with what the program in memory answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lrc.verify.runner import Runner, run
+from lrc.lower.base import Runner
+from lrc.program import Inputs
+from lrc.verify.runner import run
 
-Shape = Mapping[str, int]
-
-SHAPES: tuple[Shape, ...] = ({"batch": 1, "sequence": 9}, {"batch": 3, "sequence": 20})
-
-
-class ExampleInputs(Protocol):
-    """The part of a program's inputs that is needed here.
-
-    examples: one tensor an input; dynamic: for each input, which of its dimensions go by which name.
-    """
-
-    @property
-    def examples(self) -> Mapping[str, Tensor]:
-        """One example of every input."""
-
-    @property
-    def dynamic(self) -> Mapping[str, Mapping[int, str]]:
-        """Input name -> dimension -> name of the dynamic size (`batch`, `sequence`)."""
+SHAPES: tuple[Mapping[str, int], ...] = ({"batch": 1, "sequence": 9}, {"batch": 3, "sequence": 20})
 
 
 @dataclass(frozen=True)
@@ -43,42 +27,40 @@ class Case:
         return ", ".join(sizes)
 
 
-def make_cases(
-    runner: Runner, inputs: ExampleInputs, *, shapes: Sequence[Shape] = SHAPES, dynamic: bool = True, seed: int = 0
-) -> list[Case]:
-    """Return a case for each shape; the last one has padding where there is an attention mask.
+def make_cases(runner: Runner, inputs: Inputs, *, dynamic: bool = True, seed: int = 0) -> list[Case]:
+    """Return a case for each of two shapes; the last one has padding where there is an attention mask.
 
     dynamic: False keeps the shape of the examples and varies the values alone, for an artifact of fixed shape.
     """
     generator = torch.Generator().manual_seed(seed)
     cases = []
-    for i, shape in enumerate(shapes):
-        made = resize(inputs, shape if dynamic else {}, generator)
-        if i == len(shapes) - 1:
+    for i, shape in enumerate(SHAPES):
+        made = resized(inputs, sizes_for(inputs, shape, i) if dynamic else {}, generator)
+        if i == len(SHAPES) - 1:
             made = with_padding(made)
         cases.append(Case(made, run(runner, made)))
     return cases
 
 
-def resize(inputs: ExampleInputs, shape: Shape, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return inputs of the given dynamic sizes; every value is one that the examples hold, positions stay in order."""
+def sizes_for(inputs: Inputs, shape: Mapping[str, int], number: int) -> dict[str, int]:
+    """Return a size for every dynamic name, within its bound; names that `shape` lacks get another size in every case."""
+    names = sorted({name for dims in inputs.dynamic.values() for name in dims.values()})
+    return {name: min(shape.get(name, 4 + 3 * number + i), inputs.largest.get(name, 2**31)) for i, name in enumerate(names)}
+
+
+def resized(inputs: Inputs, sizes: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
+    """Return inputs of the given dynamic sizes, drawn anew from the values of the examples; positions stay in order."""
     made = {}
     for name, example in inputs.examples.items():
         value = example.detach().cpu()
-        for dim, old in enumerate(value.shape):
-            size = shape.get(inputs.dynamic.get(name, {}).get(dim, ""), old)
-            if name == "position_ids":
-                index = torch.arange(size) % old
-            else:
-                index = torch.randint(old, (size,), generator=generator)
-            value = value.index_select(dim, index) if moves(inputs, name, dim) else value
+        for dim, size_name in inputs.dynamic.get(name, {}).items():
+            old = value.shape[dim]
+            size = sizes.get(size_name, old)
+            in_order = name == "position_ids"
+            index = torch.arange(size) % old if in_order else torch.randint(old, (size,), generator=generator)
+            value = value.index_select(dim, index)
         made[name] = value.contiguous()
     return made
-
-
-def moves(inputs: ExampleInputs, name: str, dim: int) -> bool:
-    """Say whether a dimension is one of samples or positions, along which values may be drawn anew."""
-    return dim in inputs.dynamic.get(name, {})
 
 
 def with_padding(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,3 +71,8 @@ def with_padding(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     mask = mask.clone()
     mask[0, -(mask.shape[1] // 3) :] = 0
     return inputs | {"attention_mask": mask}
+
+
+def save_cases(cases: Sequence[Case]) -> dict[str, Tensor]:
+    """Return the inputs of all cases as one mapping of tensors, to be stored."""
+    return {f"{i}/{name}": value for i, case in enumerate(cases) for name, value in case.inputs.items()}

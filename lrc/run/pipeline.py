@@ -1,0 +1,83 @@
+"""From a program and the passes of a spec to a plan, and to the rewritten program."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lrc.program import Program
+from lrc.run.passes import PassOptions, pass_for
+from lrc.run.plan import Decision, Plan
+from lrc.run.session import Session
+from lrc.solvers import Need
+
+
+def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan:
+    """Say what the passes would do. `program` is not changed; a pass sees what the passes before it would leave."""
+    twin = program.clone()
+    before = program.size()
+    decisions: list[Decision] = []
+    saved = (0, 0)
+    for index, options in enumerate(passes):
+        made = pass_for(options)
+        decided = list(made.plan(twin, session, options, index))
+        last = index == len(passes) - 1
+        if last:
+            saved = difference(decided)
+        else:
+            decided = list(made.apply(twin, session, options, decided))
+        decisions += decided
+    numbers, size = twin.size()
+    plan = Plan(tuple(decisions), (before[0], numbers + saved[0]), (before[1], size + saved[1]))
+    return finished(plan, program, passes, session)
+
+
+def run_passes(program: Program, passes: Sequence[Any], session: Session) -> Plan:
+    """Rewrite `program` as the passes decide; return the plan as it was carried out."""
+    before = program.size()
+    decisions: list[Decision] = []
+    for index, options in enumerate(passes):
+        made = pass_for(options)
+        decided = made.plan(program, session, options, index)
+        decisions += made.apply(program, session, options, decided)
+    after = program.size()
+    return finished(Plan(tuple(decisions), (before[0], after[0]), (before[1], after[1])), program, passes, session)
+
+
+def finished(plan: Plan, program: Program, passes: Sequence[Any], session: Session) -> Plan:
+    """Return a plan with the predicted memory and what was noticed on the way."""
+    return replace(
+        plan,
+        peak_memory=predicted_memory(program, passes, plan.decisions, session),
+        shadowed=tuple(session.shadowed),
+        notes=tuple(session.notices),
+    )
+
+
+def difference(decisions: Sequence[Decision]) -> tuple[int, int]:
+    """Return by how many numbers and bytes the decided sites change."""
+    numbers = sum(d.after.parameters - d.before.parameters for d in decisions)
+    return numbers, sum(d.after.bytes - d.before.bytes for d in decisions)
+
+
+def predicted_memory(program: Program, passes: Sequence[Any], decisions: Sequence[Decision], session: Session) -> int:
+    """Return the predicted peak of memory in bytes, beside the interpreter and its libraries.
+
+    The weights once (the rewritten ones take the place of the old), the float64 moments of all sites of the pass that needs
+    most (inputs that sites share once), and for every worker eight float64 matrices of the largest weight.
+    """
+    _, weights = program.size()
+    most = 0
+    for index, options in enumerate(passes):
+        sites = [program.sites[fqn] for d in decisions if d.index == index for fqn in d.sites if fqn in program.sites]
+        needs = needs_of(options)
+        grams = {site.uses[0].input: site.in_features**2 for site in sites} if Need.INPUTS in needs else {}
+        fishers = sum(site.out_features**2 for site in sites) if Need.GRADIENTS in needs else 0
+        largest = max((site.out_features * site.in_features for site in sites), default=0)
+        most = max(most, 8 * (sum(grams.values()) + fishers) + 64 * session.workers * largest)
+    return weights + most
+
+
+def needs_of(options: PassOptions) -> frozenset[Need]:
+    """Return the statistics that a pass needs, those of its solver among them."""
+    solver = getattr(options, "solver", None)
+    return frozenset(options.needs | (solver.needs if solver is not None else frozenset()))

@@ -1,0 +1,1 @@
+"""Quality metrics: one file each, found through the registry."""
