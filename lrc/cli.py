@@ -4,6 +4,7 @@ Exit codes: 0 ok, 1 failed, 2 bad spec or usage, 3 a quality or parity gate miss
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -54,40 +55,45 @@ def show(data: Any, as_json: bool, text: Any) -> None:
 
 @app.command()
 def init(model: Model, output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("spec.yaml"),
-         allow_code: AllowCode = False) -> None:  # fmt: skip
+         as_json: Json = False, allow_code: AllowCode = False) -> None:  # fmt: skip
     """Write a commented spec for MODEL."""
-    from lrc import api
+    from lrc.run.prepare import capture
+    from lrc.run.starter import write_starter
 
-    show({}, False, f"wrote {api.init(model, output, allow_code=allow_code)}")
+    path = write_starter(capture(model, allow_code=allow_code), model, output)
+    show({"spec": str(path)}, as_json, f"wrote {path}")
 
 
 @app.command()
 def validate(spec: Spec, rest: Rest = None, as_json: Json = False, allow_code: AllowCode = False) -> None:
-    """Check a spec, and its patterns against MODEL if one is given; no weights are changed."""
-    from lrc import api
+    """Check a spec, and its patterns against MODEL (or the spec's model); nothing is measured or changed."""
+    from lrc.run.validate import validate as check
 
     model, overrides = split_rest(rest)
-    found = api.validate(spec, model, overrides=overrides, allow_code=allow_code)
-    show(found, as_json, f"{spec}: valid" + (f", {found['sites']} sites selected" if "sites" in found else ""))
+    found = check(spec, model, overrides=overrides, allow_code=allow_code)
+    sites = f", {found['sites']} sites selected" if found["sites"] is not None else ""
+    show(found, as_json, f"{spec}: valid{sites}")
 
 
 @app.command()
 def inspect(model: Model, as_json: Json = False, graph: Annotated[bool, typer.Option(help="Print the graph as text.")] = False,
             allow_code: AllowCode = False) -> None:  # fmt: skip
     """List the sites of MODEL: name, type, shape, share of the parameters, stable rank."""
-    from lrc import api
     from lrc.report.tables import rows_table
+    from lrc.run.describe import site_rows
+    from lrc.run.prepare import capture
 
-    program = api.capture(model, allow_code=allow_code)
+    program = capture(model, allow_code=allow_code)
     if graph:
         show(str(program), as_json, str(program))
         return
-    rows = api.inspect(program)
+    rows = site_rows(program)
     show(rows, as_json, rows_table(rows))
 
 
 @app.command()
 def plan(spec: Spec, rest: Rest = None, output: Output = None, as_json: Json = False, cache: Cache = None,
+         write: Annotated[Optional[Path], typer.Option(help="Write the plan as JSON, for `lrc diff`.")] = None,  # noqa: UP045
          allow_code: AllowCode = False, quiet: Quiet = False) -> None:  # fmt: skip
     """Say what `compile` would do: per site the rule, rank, size, predicted loss, FLOPs and bytes."""
     from lrc import api
@@ -96,19 +102,23 @@ def plan(spec: Spec, rest: Rest = None, output: Output = None, as_json: Json = F
 
     model, overrides = split_rest(rest)
     with bars(quiet or as_json) as progress:
-        made = api.plan(model, spec, overrides=overrides, output=output, cache=cache, allow_code=allow_code, progress=progress)
+        made = api.plan(
+            model, spec, overrides=overrides, output=output, cache=cache, allow_code=allow_code, progress=progress
+        )  # fmt: skip
+    if write is not None:
+        write.write_text(made.to_json(), encoding="utf-8")
     show(json.loads(made.to_json()), as_json, plan_table(made))
 
 
 @app.command("compile")
 def compile_(spec: Spec, rest: Rest = None, output: Output = None, as_json: Json = False, cache: Cache = None,
              overwrite: Annotated[bool, typer.Option(help="Replace a finished output of lrc.")] = False,
-             dry_run: Annotated[bool, typer.Option(help="The same as `plan`.")] = False,
+             dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `plan`.")] = False,
              resume: Annotated[bool, typer.Option(help="Take over what a killed run finished.")] = True,
              allow_code: AllowCode = False, quiet: Quiet = False) -> None:  # fmt: skip
     """Compile MODEL as SPEC says, check the result, and leave it in the output folder."""
     if dry_run:
-        plan(spec, rest, output, as_json, cache, allow_code, quiet)
+        plan(spec, rest, output, as_json, cache, None, allow_code, quiet)
         return
     from lrc import api
     from lrc.report.progress import bars
@@ -121,44 +131,54 @@ def compile_(spec: Spec, rest: Rest = None, output: Output = None, as_json: Json
             allow_code=allow_code, progress=progress,
         )  # fmt: skip
     show(done.summary(), as_json, result_table(done.summary()))
-    done.raise_on_missed_gate()
+    done.raise_on_failure()
 
 
 @app.command()
 def evaluate(spec: Spec, artifact: Annotated[str, typer.Argument(help="An output folder, a model, or a .onnx or .pt2 file.")],
              rest: Rest = None, as_json: Json = False, allow_code: AllowCode = False) -> None:  # fmt: skip
-    """Measure the metrics of SPEC on ARTIFACT, beside MODEL if one is given."""
-    from lrc import api
+    """Measure the metrics of SPEC on ARTIFACT, beside the original MODEL if one is given."""
     from lrc.report.tables import rows_table
+    from lrc.run.artifact import evaluate_artifact
+    from lrc.run.prepare import capture, read_spec
+    from lrc.verify.evaluate import raise_on_missed
 
     model, overrides = split_rest(rest)
-    found = api.evaluate(artifact, spec, baseline=model, overrides=overrides, allow_code=allow_code)
-    show(found.rows(), as_json, rows_table(found.rows()))
-    found.raise_on_missed_gate()
+    document, file = read_spec(spec, overrides)
+    base = file.parent if file else Path()
+    original = capture(model, document=document, allow_code=allow_code) if model else None
+    scores, gates = evaluate_artifact(artifact, document, base, original, allow_code=allow_code)
+    rows, checked = [score.row() for score in scores], [gate.row() for gate in gates]
+    show({"metrics": rows, "gates": checked}, as_json, rows_table(rows))
+    raise_on_missed(checked, artifact)
 
 
 @app.command()
 def benchmark(folder: Annotated[Path, typer.Argument(help="A finished output folder.")], rest: Rest = None,
               batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1, 8],  # noqa: B006  typer wants a list
               length: Annotated[list[int], typer.Option(help="Sequence lengths.")] = [16, 128],  # noqa: B006
+              rounds: Annotated[int, typer.Option(help="Timed runs of each.", min=1)] = 15,
+              compiled: Annotated[bool, typer.Option("--torch-compile", help="Time torch.compile too.")] = False,
               as_json: Json = False, allow_code: AllowCode = False) -> None:  # fmt: skip
     """Time every artifact of FOLDER against the dense MODEL, interleaved, as ratios."""
-    from lrc import api
     from lrc.report.tables import rows_table
+    from lrc.run.benchmark import benchmark_folder, machine
 
     model, _ = split_rest(rest)
-    rows = api.benchmark(folder, model, batches=batch, lengths=length, allow_code=allow_code)
-    show(rows, as_json, rows_table(rows))
+    rows = benchmark_folder(
+        folder, model, batches=batch, lengths=length, compile_modules=compiled, rounds=rounds, allow_code=allow_code
+    )
+    show({"machine": machine(), "rows": rows}, as_json, rows_table(rows))
 
 
 @app.command()
 def export(folder: Annotated[Path, typer.Argument(help="A finished output folder.")],
-           to: Annotated[str, typer.Option("--format", help="hf, onnx, aoti.")],
+           to: Annotated[str, typer.Option("--format", help="hf, onnx, aoti, torch_compile, pt2.")],
            output: Output = None, as_json: Json = False) -> None:  # fmt: skip
     """Lower a finished folder to another format, without compiling again."""
-    from lrc import api
+    from lrc.run.reexport import export_folder
 
-    made = api.export(folder, to, output)
+    made = export_folder(folder, to, output)
     show({"files": [str(f) for f in made]}, as_json, "\n".join(f"wrote {f}" for f in made))
 
 
@@ -186,19 +206,19 @@ def report(folder: Annotated[Path, typer.Argument(help="A finished output folder
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the spec."""
-    from lrc.spec.schema import json_schema
+    from lrc.spec.schema import schema_text
 
-    show(json_schema(builtin_only=False), True, "")
+    sys.stdout.write(schema_text())
 
 
 @app.command("list")
 def list_(kind: Annotated[Optional[str], typer.Argument(help="One kind; all without it.")] = None,  # noqa: UP045
           as_json: Json = False) -> None:  # fmt: skip
     """List passes, solvers, ranks, metrics, exports, presets."""
-    from lrc import api
+    from lrc.run.describe import names
 
-    found = api.names(kind)
-    show(found, as_json, "\n".join(f"{k}: {', '.join(v)}" for k, v in found.items()))
+    found = names(kind)
+    show(found, as_json, "\n".join(f"{k}: {', '.join(v) or '-'}" for k, v in found.items()))
 
 
 @app.command()
@@ -217,7 +237,7 @@ def main() -> None:
     """Run the command line; turn every error that a user can meet into one line and the documented exit code."""
     from lrc.errors import LrcError
 
-    debug = "LRC_DEBUG" in __import__("os").environ
+    debug = "LRC_DEBUG" in os.environ
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except click.ClickException as error:

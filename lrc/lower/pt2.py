@@ -2,7 +2,7 @@
 
 import zipfile
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,13 +10,16 @@ from torch import Tensor
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.program import Program
+from lrc.program.archive import check_archive
+
+TRACES = ("stack_trace", "from_node", "source_fn_stack", "torch_fn")
 
 
 class Pt2Export(ExportOptions):
     """A program that `torch.export.load` reads, without our package."""
 
     format: Literal["pt2"] = "pt2"
-    opens: ClassVar[str] = "lrc.lower.pt2:open_pt2"
+    opens: ClassVar[str] = "lrc.lower.pt2:Pt2Runner"
     artifact: ClassVar[str] = "program.pt2"
 
 
@@ -25,29 +28,33 @@ def export_pt2(program: Program, folder: Path, options: Pt2Export) -> Written:
     """Write `program.pt2`: flat named inputs, a mapping of named tensors as output, no paths or stack traces."""
     exported = program.export()
     for node in exported.graph.nodes:
-        for key in ("stack_trace", "from_node", "source_fn_stack", "torch_fn"):
+        for key in TRACES:
             node.meta.pop(key, None)
-    path = folder / "program.pt2"
-    torch.export.save(exported, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.export.save(exported, folder / "program.pt2")
     return Written("program.pt2")
 
 
 class Pt2Runner:
-    """A saved program as a runner."""
+    """A saved program as a runner. Raises LowerError for a file that holds code, or is no program."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.module = torch.export.load(path).module(check_guards=False)
+        check_archive(path)
+        try:
+            self.module = torch.export.load(path).module(check_guards=False)
+        except Exception as error:  # torch raises many kinds here, and the file is not ours
+            raise LowerError(str(path), expected="a program saved by torch.export.save", got=str(error).splitlines()[0]) from error
 
-    def __call__(self, **inputs: Any) -> dict[str, Tensor]:
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run without gradients."""
         with torch.no_grad():
             found: dict[str, Tensor] = self.module(**inputs)
         return found
 
 
-def open_pt2(path: Path) -> Pt2Runner:
-    """Open the artifact of `format: pt2`. Raises LowerError for a file that holds code or is no program."""
-    if not zipfile.is_zipfile(path):
-        raise LowerError(str(path), expected="a program saved by torch.export.save", got="another kind of file")
-    return Pt2Runner(path)
+def is_package(path: Path) -> bool:
+    """Say whether a .pt2 file is an AOTInductor package: native code, not a graph."""
+    with zipfile.ZipFile(path) as archive:
+        return any("aotinductor" in name for name in archive.namelist())
+
+

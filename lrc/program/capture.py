@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lrc.errors import CaptureError
+from lrc.program.archive import check_archive
 from lrc.program.inputs import Dynamic, Inputs, leading_batch, output_names
 from lrc.program.program import Calling, Origin, Program
 from lrc.program.sites import Names
@@ -108,7 +109,8 @@ def capture_graph(graph_module: fx.GraphModule, inputs: Given, *, dynamic: Dynam
 
 
 def load_exported(path: Path) -> Program:
-    """Read a `.pt2` file. Raises CaptureError when it is none."""
+    """Read a `.pt2` file. Raises CaptureError when it is none, or holds pickled objects."""
+    check_archive(path)
     try:
         exported = torch.export.load(path)
     except Exception as error:  # torch raises many kinds here, and the file is not ours

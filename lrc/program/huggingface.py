@@ -1,10 +1,12 @@
 """Loading a Hugging Face folder with transformers, checked, and capturing it with inputs chosen for its task."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrc.errors import ModelError, UsageError
 from lrc.program.capture import capture_module
@@ -23,14 +25,37 @@ def capture_folder(
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Program:
-    """Load a folder and capture it. Raises ModelError or CaptureError."""
+    """Load a folder and capture it. weights: False captures its architecture alone. Raises ModelError or CaptureError."""
+    if not weights:
+        return _capture_architecture(folder, name, task, trust_remote_code)
     model, task = load_folder(folder, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
-    model = model.to(device)
+    return _capture(model.to(device), folder, name, task, lambda tensor: tensor.to(device))
+
+
+def _capture_architecture(folder: Path, name: str, task: str | None, trust_remote_code: bool) -> Program:
+    """Capture a folder's architecture with tensors that have shapes and no numbers."""
+    transformers = need_transformers()
+    config = read_config(folder)
+    task = task or infer_task(config, folder)
+    if str(config.get("model_type", "")).startswith("lrc_"):
+        import lrc.hf  # noqa: F401 - registers our folders with the auto classes
+    try:
+        loaded = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise ModelError(str(folder), message=f"transformers cannot read config.json: {str(error).splitlines()[0]}") from error
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model = getattr(transformers, auto_class(task)).from_config(loaded).eval()
+    return _capture(model, folder, name, task, mode.from_tensor)
+
+
+def _capture(model: nn.Module, folder: Path, name: str, task: str, place: Callable[[Tensor], Tensor]) -> Program:
     examples = example_inputs(model, model.config, folder)
     return capture_module(
         model,
-        {name: tensor.to(device) for name, tensor in examples.tensors.items()},
+        {name: place(tensor) for name, tensor in examples.tensors.items()},
         dynamic=examples.dynamic,
         largest=examples.largest,
         constants=examples.constants,

@@ -89,9 +89,8 @@ class Names:
         """Group names by storage, place and shape."""
         groups: dict[tuple[object, ...], list[str]] = {}
         for name, tensor in tensors.items():
-            empty = tensor.numel() == 0
-            key = (name,) if empty else (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
-            groups.setdefault(key, []).append(name)
+            place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+            groups.setdefault((name,) if tensor.numel() == 0 else place, []).append(name)
         canonical = {name: names[0] for names in groups.values() for name in names}
         return cls(canonical, {names[0]: tuple(names) for names in groups.values()})
 

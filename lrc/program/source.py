@@ -34,8 +34,10 @@ class Source:
     trust_remote_code: bool = False
 
 
-def load_program(source: Source, *, allow_code: bool = False, inputs: Any = None) -> Program:
-    """Load and capture a model. inputs: examples for a factory that gives none.
+def load_program(
+    source: Source, *, allow_code: bool = False, inputs: Any = None, weights: bool = True
+) -> Program:
+    """Load and capture a model. inputs: examples for a factory that gives none. weights: False leaves a folder's unread.
 
     Raises UsageError, ModelError or CaptureError, each with the place and the remedy.
     """
@@ -53,7 +55,7 @@ def load_program(source: Source, *, allow_code: bool = False, inputs: Any = None
         )
     return capture_folder(
         folder, name=source.path, task=source.task, dtype=source.dtype, device=source.device,
-        trust_remote_code=source.trust_remote_code,
+        trust_remote_code=source.trust_remote_code, weights=weights,
     )  # fmt: skip
 
 

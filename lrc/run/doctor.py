@@ -1,7 +1,6 @@
 """Is this machine fit for the job? Packages, the compiler that Inductor needs, CPU features, free disk."""
 
 import importlib.metadata
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -32,13 +31,9 @@ def _package(name: str, *, needed: bool, remedy: str) -> Row:
         return _row(name, "not installed", ok=False, needed=needed, remedy=remedy)
 
 
-def compiler() -> str | None:
-    """Return the C++ compiler that Inductor would use, or None."""
-    wanted = os.environ.get("CXX", "")
-    return next((path for name in (wanted, "g++", "clang++", "c++") if name and (path := shutil.which(name))), None)
-
-
 def _compiler() -> Row:
+    from lrc.lower.inductor import compiler
+
     path = compiler()
     remedy = "install g++ or clang++ (needed by the exports aoti and torch_compile), or set CXX"
     return _row("C++ compiler for Inductor", path or "none", ok=path is not None, remedy=remedy)

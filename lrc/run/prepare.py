@@ -73,9 +73,8 @@ def prepare(
     document, file = read_spec(spec, overrides)
     progress("capture", 0, 1)
     program = capture(
-        model if model is not None else document.model.path, document=document, inputs=inputs, allow_code=allow_code,
-        base=file.parent if file else Path(),
-    )  # fmt: skip
+        model, document=document, inputs=inputs, allow_code=allow_code, base=file.parent if file else Path()
+    )
     progress("capture", 1, 1)
     spec_cache = document.calibration.cache if document.calibration else None
     place = cache or (Path(spec_cache) if spec_cache else (output or Path(document.output)).absolute().parent / CACHE)
@@ -108,10 +107,20 @@ def batches_for(
 
 
 def capture(
-    model: Model | None, *, document: Document | None = None, inputs: Any = None, allow_code: bool = False, base: Path = Path()
+    model: Model | None,
+    *,
+    document: Document | None = None,
+    inputs: Any = None,
+    allow_code: bool = False,
+    base: Path = Path(),
+    weights: bool = True,
 ) -> Program:
-    """Return the captured program of anything that is a model. Raises UsageError when there is none."""
+    """Return the captured program of anything that is a model; MODEL wins over the spec's `model.path`.
+
+    weights: False captures a Hugging Face folder without reading its weights. Raises UsageError when there is no model.
+    """
     spec = (document or Document(version=1)).model
+    model = spec.path if model is None else model
     if isinstance(model, Program):
         return model
     if isinstance(model, torch.export.ExportedProgram):
@@ -129,7 +138,7 @@ def capture(
     examples = inputs
     if examples is None and document is not None and ":" in source.path and document.calibration is not None:
         examples = _first_batch(document, base, allow_code)
-    return load_program(source, allow_code=allow_code, inputs=examples)
+    return load_program(source, allow_code=allow_code, inputs=examples, weights=weights)
 
 
 def replace_task(program: Program, task: str | None) -> Program:

@@ -1,0 +1,123 @@
+"""Every artifact of a folder against the dense model through the same runtime, interleaved, as ratios."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc.errors import UsageError
+from lrc.lower.base import Runner
+from lrc.lower.hf_folder import ModelRunner
+from lrc.lower.inductor import CompiledRunner
+from lrc.lower.load import load
+from lrc.measure import measure_latency, speedup
+from lrc.program import Program
+from lrc.run.artifact import open_artifact
+from lrc.run.environment import environment
+from lrc.run.flops import count_flops
+from lrc.run.prepare import capture
+from lrc.spec.registry import EXPORTERS
+from lrc.verify.cases import resized
+
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The dense and the compressed model through one runtime."""
+
+    name: str
+    dense: Runner
+    compressed: Runner
+
+
+def benchmark_folder(
+    folder: Path,
+    model: str | None,
+    *,
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    compile_modules: bool = False,
+    rounds: int = ROUNDS,
+    allow_code: bool = False,
+) -> list[dict[str, Any]]:
+    """Return a row per runtime and shape: times in ms, the ratio, the FLOP ratio, and the share of it that was reached.
+
+    model: the dense one; the folder's manifest names it otherwise. Dense counterparts are lowered into a temporary folder.
+    """
+    manifest = _manifest(folder)
+    dense = capture(model or str(manifest["model"]), allow_code=allow_code)
+    with tempfile.TemporaryDirectory(prefix="lrc-benchmark-") as scratch:
+        pairs = pairs_of(folder, manifest, dense, Path(scratch), compile_modules)
+        compressed = capture(ModelRunner(load(folder)).model, inputs=dict(dense.inputs.examples))
+        return benchmark_pairs(pairs, dense, compressed, batches, lengths, rounds)
+
+
+def pairs_of(folder: Path, manifest: Mapping[str, Any], dense: Program, scratch: Path, compile_modules: bool) -> list[Pair]:
+    """Return the pairs: eager (and compiled, if asked), and one for every lowered artifact."""
+    module = load(folder)
+    pairs = [Pair("eager", ModelRunner(dense.origin.model or dense.module()), ModelRunner(module))]
+    if compile_modules:
+        pairs.append(Pair("torch.compile", CompiledRunner(dense.origin.model or dense.module(), {}, True), CompiledRunner(module, {}, True)))
+    for name, made in manifest["artifacts"].items():
+        if name in ("hf", "pt2", "torch_compile"):
+            continue
+        rule = EXPORTERS.get(name)
+        written = rule(dense, scratch, rule.options())  # type: ignore[call-arg]
+        pairs.append(
+            Pair(
+                name,
+                open_artifact(str(scratch / written.artifact), allow_code=True),
+                open_artifact(str(folder / made["path"]), allow_code=True),
+            )
+        )
+    return pairs
+
+
+def benchmark_pairs(
+    pairs: Sequence[Pair], dense: Program, compressed: Program, batches: Sequence[int], lengths: Sequence[int], rounds: int
+) -> list[dict[str, Any]]:
+    """Time all pairs at all shapes, each shape in one interleaved run."""
+    rows = []
+    for batch in batches:
+        for length in lengths:
+            sizes = {"batch": batch, "sequence": min(length, dense.inputs.largest.get("sequence", length))}
+            inputs = resized(dense.inputs, sizes, torch.Generator().manual_seed(0))
+            ideal = count_flops(dense, inputs) / count_flops(compressed, inputs)
+            calls: dict[str, Callable[[], object]] = {}
+            for pair in pairs:
+                calls[f"{pair.name} dense"] = _call(pair.dense, inputs)
+                calls[f"{pair.name} compressed"] = _call(pair.compressed, inputs)
+            times = measure_latency(calls, rounds=rounds)
+            for pair in pairs:
+                before, after = times[f"{pair.name} dense"], times[f"{pair.name} compressed"]
+                ratio = speedup(before, after)
+                rows.append({
+                    "runtime": pair.name, "batch": batch, "length": length,
+                    "dense_ms": round(1e3 * before.median, 2), "compressed_ms": round(1e3 * after.median, 2),
+                    "ratio": round(ratio, 3), "flop_ratio": round(ideal, 3), "share": round(ratio / ideal, 3),
+                })  # fmt: skip
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """Return the machine that figures belong to."""
+    return environment()
+
+
+def _call(runner: Runner, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+    return lambda: runner(**inputs)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "lrc" / "manifest.json"
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(str(folder), expected="a finished output folder of lrc", got=str(error)) from error
+    return data

@@ -1,0 +1,45 @@
+"""FLOPs of a program at a shape: its linears and its attention, which is nearly all there is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrc.maps import LinearMap
+from lrc.program import Program
+
+aten = torch.ops.aten
+
+
+def count_flops(program: Program, inputs: Mapping[str, Tensor]) -> int:
+    """Return the FLOPs of all linears, products and attention for `inputs` (a multiply-add counts 2)."""
+    counter = _Counter(program.graph_module)
+    with torch.no_grad():
+        counter.run(*program.inputs.fill(inputs).values())
+    return counter.flops
+
+
+class _Counter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.flops = 0
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        made = self.fetch_attr(target)
+        if isinstance(made, LinearMap):
+            self.flops += made.cost(args[0].numel() // made.in_features).flops
+        return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().call_function(target, args, kwargs)
+        if target == aten.linear.default:
+            self.flops += 2 * value.numel() * args[1].shape[1]
+        elif target == aten.addmm.default:
+            self.flops += 2 * value.numel() * args[1].shape[-1]
+        elif target in (aten.mm.default, aten.bmm.default, aten.matmul.default):
+            self.flops += 2 * value.numel() * args[0].shape[-1]
+        elif target == aten.scaled_dot_product_attention.default:
+            query, key = args[0], args[1]
+            self.flops += 4 * query.numel() * key.shape[-2]
+        return value

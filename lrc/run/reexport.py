@@ -1,0 +1,63 @@
+"""`lrc export`: another format from a finished folder, without compiling again."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from lrc.errors import UsageError
+from lrc.program.huggingface import capture_folder
+from lrc.program.program import Program
+from lrc.program.capture import load_exported
+from lrc.spec.registry import EXPORTERS
+from lrc.verify.cases import make_cases
+from lrc.verify.evaluate import raise_on_missed
+from lrc.verify.parity import Artifact, check
+from lrc.verify.tolerance import Numerics
+
+
+def export_folder(folder: Path, format: str, output: Path | None = None) -> list[Path]:
+    """Lower a finished folder to `format`, check the artifact in a fresh process, and put it into `output` (or the folder).
+
+    Returns the files. Raises UsageError for an unknown format, a file that is in the way, or a folder that is none of ours;
+    GateError when the artifact differs; it is put there all the same.
+    """
+    try:
+        rule = EXPORTERS.get(format)
+    except ValueError as error:
+        raise UsageError("--format", message=str(error)) from error
+    program = program_of(folder)
+    target = output or folder
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as name:
+        scratch = Path(name)
+        options = rule.options()
+        written = rule(program, scratch, options)  # type: ignore[call-arg]
+        made = sorted(p for p in scratch.rglob("*") if p.is_file())
+        taken = [p for p in made if (target / p.relative_to(scratch)).exists()]
+        if taken:
+            raise UsageError(
+                str(target / taken[0].relative_to(scratch)), message="the file exists", hint="Choose another folder with `-o`"
+            )
+        cases = make_cases(program, program.inputs)
+        artifact = Artifact(format, scratch / written.artifact, options.opens)  # type: ignore[attr-defined]
+        rows = check([(artifact, cases)], Numerics.of(program.tensors()))
+        files = []
+        for path in made:
+            place = target / path.relative_to(scratch)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
+            files.append(place)
+    raise_on_missed([row.row() for row in rows], str(target))
+    return files
+
+
+def program_of(folder: Path) -> Program:
+    """Return the program of a finished folder. Raises UsageError when it holds none."""
+    if (folder / "config.json").is_file():
+        task = (json.loads((folder / "config.json").read_text(encoding="utf-8")).get("lrc") or {}).get("task")
+        return capture_folder(folder, task=task)
+    if (folder / "program.pt2").is_file():
+        return load_exported(folder / "program.pt2")
+    raise UsageError(str(folder), expected="a finished output folder of lrc", got="neither config.json nor program.pt2")
+
+

@@ -1,0 +1,75 @@
+"""`lrc init`: a commented spec for a given model, with patterns that match its layers."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lrc.errors import UsageError
+from lrc.program import Program
+from lrc.spec.patterns import layer_of
+
+METRIC = {"sentence-similarity": "spearman", "text-generation": "perplexity", "text-classification": "accuracy"}
+DATA = {
+    "sentence-similarity": ("sentences.txt", "one sentence a line", "pairs.csv", "columns sentence1, sentence2, score"),
+    "text-generation": ("calibration.txt", "plain text, read as one stream", "test.txt", "plain text, read as one stream"),
+    "text-classification": ("texts.txt", "one text a line", "labelled.csv", "columns text, label"),
+}
+OTHER = ("calibration.npz", "arrays named as the model's inputs", "test.npz", "arrays named as the inputs, and labels")
+
+
+def starter_spec(program: Program, path: str) -> str:
+    """Return the text of a spec for a captured model: its repeated layers as targets, half of their parameters kept."""
+    task = program.task
+    calibration, what, test, columns = DATA.get(task or "", OTHER)
+    metric = METRIC.get(task or "")
+    hf = program.origin.folder is not None
+    lines = [
+        "# yaml-language-server: $schema=./lrc.schema.json",
+        "# Written by `lrc init`; `lrc plan` says what it would do, `lrc compile` does it.",
+        "version: 1",
+        f"model: {{path: {_quoted(path)}{f', task: {task}' if task else ''}}}",
+        f"calibration: {{dataset: {calibration}, samples: 128, max_length: 128, seed: 0}}  # {what}; beside this file",
+        "passes:",
+        "  - type: factorize",
+        "    targets:  # ordered, the last match wins; `*` within one part of a name, `**` across parts",
+        *(f"      - {_quoted(pattern)}  # {count} sites" for pattern, count in patterns(program)),
+        "    solver: kfac  # the least loss in second order; `lrc list solvers` has the others, svd needs no data",
+        "    rank: {params_kept: 0.5}  # of all targets together; or a number, {energy: 0.95}, {fraction: 0.25}, {breakeven: 0.5}",
+        "    # form: two_factor  # pivoted stores a rank-r product in r(m+n-r) numbers, two_factor in r(m+n); auto: the smaller",
+    ]
+    if metric:
+        lines += [
+            f"evaluate:  # remove it, or put the data beside this file: {columns}",
+            f"  dataset: {test}",
+            f"  metrics: [{metric}]",
+            "  gates: {max_degradation: 0.05}  # exit code 3 if the metric loses more; the result is written all the same",
+        ]
+    first = "hf" if hf else "pt2"
+    lines += [f"export: [{{format: {first}}}, {{format: onnx}}]  # also: aoti, torch_compile", "output: out", ""]
+    return "\n".join(lines)
+
+
+def patterns(program: Program) -> list[tuple[str, int]]:
+    """Return patterns that match the sites in repeated layers (or all sites, where nothing repeats), with how many each."""
+    layered = [fqn for fqn in program.sites if layer_of(fqn) is not None and not program.sites[fqn].tied]
+    chosen = layered or [fqn for fqn in program.sites if not program.sites[fqn].tied]
+    found: dict[str, int] = {}
+    for name in _generalised(chosen):
+        found[name] = found.get(name, 0) + 1
+    return list(found.items())
+
+
+def _generalised(fqns: Iterable[str]) -> list[str]:
+    return [re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", fqn) for fqn in fqns]
+
+
+def write_starter(program: Program, path: str, output: Path) -> Path:
+    """Write the spec. Raises UsageError when the file is there already."""
+    if output.exists():
+        raise UsageError(str(output), expected="a new file", got="one that exists", hint="Choose another name with `-o`")
+    output.write_text(starter_spec(program, path), encoding="utf-8")
+    return output
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if re.search(r"[^\w./-]", word) else word
