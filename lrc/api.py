@@ -152,7 +152,14 @@ def compile(
     Raises LrcError with the place and the remedy.
     """
     prepared = prepare(
-        model, spec, overrides=overrides, inputs=inputs, calibration=calibration, cache=cache, allow_code=allow_code, progress=progress
+        model,
+        spec,
+        overrides=overrides,
+        inputs=inputs,
+        calibration=calibration,
+        cache=cache,
+        allow_code=allow_code,
+        progress=progress,
     )
     if isinstance(model, Program):
         prepared = replace(prepared, program=model.clone())
@@ -181,9 +188,7 @@ def compile_to_folder(
     document, _ = read_spec(spec, overrides)
     path = Path(output or document.output)
     OutputFolder(path, "", overwrite=overwrite).check()
-    prepared = prepare(
-        model, spec, overrides=overrides, output=path, cache=cache, allow_code=allow_code, progress=progress
-    )
+    prepared = prepare(model, spec, overrides=overrides, output=path, cache=cache, allow_code=allow_code, progress=progress)
     return write(prepared, path, overwrite=overwrite, resume=resume, allow_code=allow_code)
 
 

@@ -28,7 +28,7 @@ Rest = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 AllowCode = Annotated[bool, typer.Option(help="Let `module:factory` and remote code run.")]
-Cache = Annotated[Optional[Path], typer.Option(help="Where statistics are kept (default: .lrc-cache beside the output).")]  # noqa: UP045
+Cache = Annotated[Path | None, typer.Option(help="Where statistics are kept (default: .lrc-cache beside the output).")]
 Output = Annotated[Optional[Path], typer.Option("--output", "-o", help="The output folder (default: the spec's).")]  # noqa: UP045
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 

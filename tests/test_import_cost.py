@@ -17,7 +17,9 @@ def test_import_lrc_brings_nothing_heavy() -> None:
 
 
 def test_help_brings_nothing_heavy() -> None:
-    code = "from typer.testing import CliRunner\nimport lrc.cli\nassert CliRunner().invoke(lrc.cli.app, ['--help']).exit_code == 0"
+    code = (
+        "from typer.testing import CliRunner\nimport lrc.cli\nassert CliRunner().invoke(lrc.cli.app, ['--help']).exit_code == 0"
+    )
     assert not HEAVY & modules_after(code)
 
 

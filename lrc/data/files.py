@@ -80,7 +80,9 @@ def need_columns(rows: Sequence[Row], path: Path, columns: Sequence[str]) -> Non
         missing = [column for column in columns if row.get(column) in (None, "")]
         if missing:
             raise DataError(
-                f"{path}, row {number}", expected=f"the columns {', '.join(columns)}", got=", ".join(map(str, row)) or "none"
+                f"{path}, row {number}",
+                expected=f"the columns {', '.join(columns)}",
+                got=", ".join(map(str, row)) or "none",
             )
 
 

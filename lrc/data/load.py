@@ -50,7 +50,9 @@ def load_batches(request: Request) -> Batches:
     if suffix in (".txt", ".jsonl", ".csv", ".tokens", ".json"):
         return _tokens(request)
     raise DataError(
-        str(request.path), expected="a .txt, .jsonl, .csv, .npz or .safetensors file, or module:factory", got=suffix or "no suffix"
+        str(request.path),
+        expected="a .txt, .jsonl, .csv, .npz or .safetensors file, or module:factory",
+        got=suffix or "no suffix",
     )
 
 
@@ -112,7 +114,9 @@ def _tokens(request: Request) -> Batches:
 def _arrays(request: Request) -> Batches:
     arrays = read_arrays(request.path)
     known = [name for name in arrays if name in request.inputs or name == "labels"]
-    missing = [name for name in request.inputs if name not in arrays and not name.endswith(("mask", "type_ids", "position_ids"))]
+    missing = [
+        name for name in request.inputs if name not in arrays and not name.endswith(("mask", "type_ids", "position_ids"))
+    ]
     if missing or not known:
         raise DataError(
             str(request.path), expected=f"arrays named {', '.join(request.inputs)}", got=", ".join(arrays) or "none"
@@ -130,6 +134,8 @@ def _places(count: int, request: Request) -> list[int]:
 def _tokenizer(request: Request) -> Tokenizer:
     if request.tokenizer is None:
         raise UsageError(
-            str(request.path), message="text needs a model folder with a tokenizer", hint="Give arrays named as the model's inputs"
+            str(request.path),
+            message="text needs a model folder with a tokenizer",
+            hint="Give arrays named as the model's inputs",
         )
     return load_tokenizer(request.tokenizer)

@@ -28,9 +28,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ImportError as error:
         raise UsageError("tokenizer", message="text needs transformers", hint="pip install 'lrc-compiler[hf]'") from error
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")):
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
+    ):
         raise DataError(
-            str(folder), message="the folder has no tokenizer", hint="Give token ids: a .jsonl file with `input_ids`, or arrays"
+            str(folder),
+            message="the folder has no tokenizer",
+            hint="Give token ids: a .jsonl file with `input_ids`, or arrays",
         )
     try:
         made: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

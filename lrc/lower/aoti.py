@@ -20,7 +20,8 @@ class AotiExport(ExportOptions):
 
     format: Literal["aoti"] = "aoti"
     settings: Literal["default", "freezing", "max_autotune"] = Field(
-        default="default", description="How Inductor compiles; `lrc benchmark` and docs/measured.md say what each one gains."
+        default="default",
+        description="How Inductor compiles; `lrc benchmark` and docs/measured.md say what each one gains.",
     )
     static: bool = Field(default=False, description="Compile for the example's shape alone.")
     opens: ClassVar[str] = "lrc.lower.aoti:open_aoti"
@@ -41,7 +42,9 @@ def export_aoti(program: Program, folder: Path, options: AotiExport) -> Written:
         )
     except Exception as error:  # Inductor raises what its passes raise
         raise LowerError(
-            FILE, message=f"Inductor refused the program: {str(error).strip().splitlines()[0]}", hint="`lrc doctor` checks the compiler"
+            FILE,
+            message=f"Inductor refused the program: {str(error).strip().splitlines()[0]}",
+            hint="`lrc doctor` checks the compiler",
         ) from error
     notes = (f"bound to {capability()}",)
     return Written(FILE, notes)
@@ -74,5 +77,3 @@ class AotiRunner:
 def open_aoti(path: Path) -> AotiRunner:
     """Open the artifact of `format: aoti`. It is native code: only open what you made."""
     return AotiRunner(path)
-
-

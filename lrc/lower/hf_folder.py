@@ -32,10 +32,12 @@ def export_hf(program: Program, folder: Path, options: HfExport) -> Written:
 
     Raises LowerError for a program that did not come from a transformers model.
     """
-    model = graft(program)
+    model: Any = graft(program)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise LowerError(
-            program.origin.name, message="only transformers models have a Hugging Face folder", hint="Export `format: pt2` instead"
+            program.origin.name,
+            message="only transformers models have a Hugging Face folder",
+            hint="Export `format: pt2` instead",
         )
     notes = separate_shared_maps(program, model)
     model.save_pretrained(folder)
@@ -68,7 +70,9 @@ def separate_shared_maps(program: Program, model: nn.Module) -> list[str]:
         uses = list(program.placed(fqn))
         for other in uses[1:]:
             model.set_submodule(other, _copied(model.get_submodule(other)))
-            notes.append(f"{other} shares the weight of {fqn}; the folder holds it twice, since transformers shares embeddings alone")
+            notes.append(
+                f"{other} shares the weight of {fqn}; the folder holds it twice, since transformers shares embeddings alone"
+            )
     return notes
 
 

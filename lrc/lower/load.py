@@ -6,7 +6,7 @@ from torch import nn
 
 from lrc.errors import ModelError
 from lrc.lower.hf_folder import load_model
-from lrc.lower.pt2 import open_pt2
+from lrc.lower.pt2 import Pt2Runner
 
 
 def load(folder: Path) -> nn.Module:
@@ -17,7 +17,10 @@ def load(folder: Path) -> nn.Module:
     if (folder / "config.json").is_file():
         return load_model(folder)
     if (folder / "program.pt2").is_file():
-        return open_pt2(folder / "program.pt2").module
+        return Pt2Runner(folder / "program.pt2").module
     raise ModelError(
-        str(folder), expected="a folder with `config.json` or `program.pt2`", got="neither", hint="Name the output folder of a run"
+        str(folder),
+        expected="a folder with `config.json` or `program.pt2`",
+        got="neither",
+        hint="Name the output folder of a run",
     )

@@ -1,9 +1,8 @@
-"""The ONNX file: torch's own exporter, dynamic sizes, external data where the weights are large, nothing of this machine in it."""
+"""The ONNX file: torch's own exporter, dynamic sizes, external data for large weights, nothing of this machine in it."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from lrc.errors import LowerError
@@ -20,7 +19,8 @@ class OnnxExport(ExportOptions):
     format: Literal["onnx"] = "onnx"
     opset: int | None = Field(default=None, ge=18, description="ONNX operator set; the exporter's own default without it.")
     external_data: Literal["auto", "always", "never"] = Field(
-        default="auto", description="Keep the weights in a file beside model.onnx; auto: where they are larger than 1.8 GB."
+        default="auto",
+        description="Keep the weights in a file beside model.onnx; auto: where they are larger than 1.8 GB.",
     )
     opens: ClassVar[str] = "lrc.lower.ort:OrtRunner"
     artifact: ClassVar[str] = FILE
@@ -42,7 +42,9 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
             )  # fmt: skip
     except Exception as error:  # the exporter raises what its passes raise
         raise LowerError(
-            FILE, message=f"torch.onnx refused the program: {str(error).strip().splitlines()[0]}", hint="Leave out `format: onnx`"
+            FILE,
+            message=f"torch.onnx refused the program: {str(error).strip().splitlines()[0]}",
+            hint="Leave out `format: onnx`",
         ) from error
     assert made is not None, "torch.onnx.export with dynamo returns a program"
     model = made.model_proto

@@ -43,7 +43,9 @@ class Pt2Runner:
         try:
             self.module = torch.export.load(path).module(check_guards=False)
         except Exception as error:  # torch raises many kinds here, and the file is not ours
-            raise LowerError(str(path), expected="a program saved by torch.export.save", got=str(error).splitlines()[0]) from error
+            raise LowerError(
+                str(path), expected="a program saved by torch.export.save", got=str(error).splitlines()[0]
+            ) from error
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run without gradients."""
@@ -56,5 +58,3 @@ def is_package(path: Path) -> bool:
     """Say whether a .pt2 file is an AOTInductor package: native code, not a graph."""
     with zipfile.ZipFile(path) as archive:
         return any("aotinductor" in name for name in archive.namelist())
-
-

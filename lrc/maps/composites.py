@@ -1,6 +1,7 @@
 """Maps made of maps: `Chain` (product), `Sum`, `Scale`."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +52,7 @@ class Composite(LinearMap):
     @classmethod
     def restored(cls, structure: Structure) -> "LinearMap":
         """Return an uninitialised map; `lrc.maps.restore` has put the restored parts in the structure."""
-        made = cls(*structure["parts"], names=structure["names"])  # type: ignore[call-arg]
+        made = cls(*structure["parts"], names=structure["names"])
         if structure["bias"]:
             made.set_bias(torch.empty(made.out_features))
         return made
@@ -70,13 +71,11 @@ class Chain(Composite):
 
     word: ClassVar[str] = "chain"
 
-    def __init__(
-        self, *parts: Tensor | LinearMap, bias: Tensor | None = None, names: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, *parts: Tensor | LinearMap, bias: Tensor | None = None, names: Sequence[str] | None = None) -> None:
         super().__init__()
         self.hold(names or chain_names(len(parts)), parts)
         shapes = [slot_shape(slot) for slot in self.slots]
-        for (_, left), (right, _) in zip(shapes, shapes[1:], strict=False):
+        for (_, left), (right, _) in pairwise(shapes):
             if left != right:
                 raise ValueError(f"a chain of shapes {shapes} does not fit together")
         self.out_features, self.in_features = shapes[0][0], shapes[-1][1]
@@ -109,9 +108,7 @@ class Sum(Composite):
 
     word: ClassVar[str] = "sum"
 
-    def __init__(
-        self, *parts: Tensor | LinearMap, bias: Tensor | None = None, names: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, *parts: Tensor | LinearMap, bias: Tensor | None = None, names: Sequence[str] | None = None) -> None:
         super().__init__()
         self.hold(names or tuple(f"term{i}" for i in range(len(parts))), parts)
         shapes = {slot_shape(slot) for slot in self.slots}

@@ -25,9 +25,7 @@ class Pivoted(LinearMap):
     word: ClassVar[str] = "pivoted"
     index: Tensor | None
 
-    def __init__(
-        self, P: Tensor, Z: Tensor, index: Tensor | None, side: Side = "out", bias: Tensor | None = None
-    ) -> None:
+    def __init__(self, P: Tensor, Z: Tensor, index: Tensor | None, side: Side = "out", bias: Tensor | None = None) -> None:
         super().__init__()
         self.P = as_parameter(P)
         self.Z = as_parameter(Z)

@@ -55,7 +55,7 @@ def rebuilt(made: Composite, parts: list[Slot]) -> LinearMap:
     """Return the same composite over other parts."""
     if isinstance(made, Scale):
         return Scale(parts[0], made.scale, made.bias)
-    return type(made)(*parts, bias=made.bias)  # type: ignore[call-arg]
+    return type(made)(*parts, bias=made.bias)
 
 
 def flatten_nested(made: LinearMap) -> LinearMap | None:
@@ -112,11 +112,11 @@ def join_low_rank_terms(made: LinearMap) -> LinearMap | None:
     """Sum(Chain(B, A), Chain(D, C)) -> Chain([B D], [A; C]): one product of the summed rank."""
     if not isinstance(made, Sum):
         return None
-    pairs = [slot for slot in made.slots if _is_pair(slot)]
+    pairs = [slot.slots for slot in made.slots if isinstance(slot, Chain) and _is_pair(slot)]
     if len(pairs) < 2:
         return None
-    B = torch.cat([slot.slots[0].detach() for slot in pairs], 1)  # type: ignore[union-attr]
-    A = torch.cat([slot.slots[1].detach() for slot in pairs], 0)  # type: ignore[union-attr]
+    B = torch.cat([slot_exact(left).weight for left, _ in pairs], 1).to(made.dtype)
+    A = torch.cat([slot_exact(right).weight for _, right in pairs], 0).to(made.dtype)
     others = [slot for slot in made.slots if not _is_pair(slot)]
     return Sum(*others, Chain(B, A), bias=made.bias)
 
@@ -174,4 +174,3 @@ RULES: tuple[Rule, ...] = (
     join_low_rank_terms,
     multiply_out,
 )
-

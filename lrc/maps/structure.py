@@ -10,9 +10,7 @@ from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.leaves import Dense, Diagonal, Permutation
 from lrc.maps.pivoted import Pivoted
 
-MAPS: dict[str, type[LinearMap]] = {
-    kind.word: kind for kind in (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale)
-}
+MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale)}
 
 
 def restore(structure: Mapping[str, Any]) -> LinearMap:

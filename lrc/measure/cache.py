@@ -44,7 +44,7 @@ def _feed(sha: "hashlib._Hash", part: object) -> None:
         data = part.detach().cpu().contiguous()
         sha.update(f"tensor:{data.dtype}:{tuple(data.shape)};".encode())
         if data.numel():
-            sha.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            sha.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]  # numpy arrays are buffers
     elif part is None or isinstance(part, bool | int | float | torch.dtype):
         sha.update(f"{type(part).__name__}:{part!r};".encode())
     elif isinstance(part, str | bytes | Path):

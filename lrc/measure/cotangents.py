@@ -33,9 +33,7 @@ def cotangent(
         sent = torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output)
         return _without_padding(sent, inputs)
     if not has_classes(task):
-        raise UsageError(
-            "solver.fisher", expected="`outputs` or `sampled`: the task has no labels", got=f"`labels` for {task}"
-        )
+        raise UsageError("solver.fisher", expected="`outputs` or `sampled`: the task has no labels", got=f"`labels` for {task}")
     logits = output.reshape(-1, output.shape[-1])
     labels = _labels(output, inputs, task) if fisher == "labels" else None
     draws = torch.rand(len(logits), generator=generator, dtype=torch.float64)
@@ -70,9 +68,7 @@ def _labels(output: Tensor, inputs: Mapping[str, Tensor], task: str | None) -> T
         if mask is not None:
             labels[:, :-1].masked_fill_(mask[:, 1:] == 0, IGNORED)
     if labels is None:
-        raise DataError(
-            "calibration", expected=f"`labels` for `fisher: labels` and the task {task}", got=", ".join(inputs)
-        )
+        raise DataError("calibration", expected=f"`labels` for `fisher: labels` and the task {task}", got=", ".join(inputs))
     if labels.numel() != output[..., 0].numel():
         raise DataError("calibration", expected=f"labels of shape {tuple(output.shape[:-1])}", got=f"{tuple(labels.shape)}")
     return labels.reshape(-1)

@@ -79,9 +79,7 @@ class Lockstep:
     def _measure(self, reads: fx.Node, features: int) -> Moments:
         gram, cross = SecondMoment(features), CrossMoment(features)
         traced = traced_masks(self.dense)
-        steppers: Iterable[tuple[Batch, Stepper, Stepper]] = zip(
-            self.batches, self._dense, self._compressed, strict=True
-        )
+        steppers: Iterable[tuple[Batch, Stepper, Stepper]] = zip(self.batches, self._dense, self._compressed, strict=True)
         for batch, dense, compressed in steppers:
             x, seen = dense.advance_to(reads.name), compressed.advance_to(reads.name)
             mask = row_mask(reads, x, padding_masks(batch), traced)

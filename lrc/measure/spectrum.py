@@ -12,7 +12,7 @@ def spectrum(weight: Tensor, cache: Cache | None = None) -> Tensor:
     stored = None if cache is None else cache.get(key)
     if stored is not None:
         return stored["S"]
-    S = torch.linalg.svdvals(weight.detach().double())
+    S: Tensor = torch.linalg.svdvals(weight.detach().double())
     if cache is not None:
         cache.put(key, {"S": S})
     return S

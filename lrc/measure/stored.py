@@ -18,7 +18,8 @@ def store_moments(cache: Cache, key: str, program: Program, moments: Mapping[str
         shared = _input_key(key, program, fqn)
         if shared not in stored:
             stored.add(shared)
-            assert found.gram is not None and found.mean is not None
+            assert found.gram is not None
+            assert found.mean is not None
             rows = torch.tensor([found.tokens])
             cache.put(shared, {"gram": pack_symmetric(found.gram), "mean": found.mean, "tokens": rows})
         own = {} if found.fisher is None else {"fisher": pack_symmetric(found.fisher)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -68,16 +69,16 @@ def traced_masks(program: Program) -> dict[str, Tensor]:
     return found
 
 
-def _sizes(value: Tensor, *, whole: bool = False) -> list[object]:
+def _sizes(value: Tensor, *, whole: bool = False) -> list[Any]:
     """Return the leading sizes, or all of them, as numbers or symbolic expressions."""
     shape = value.shape if whole else value.shape[:-1]
     return [size.node.expr if isinstance(size, torch.SymInt) else size for size in shape]
 
 
-def _product(sizes: Sequence[object]) -> object:
-    product: object = 1
+def _product(sizes: Sequence[Any]) -> Any:
+    product: Any = 1
     for size in sizes:
-        product = product * size  # type: ignore[operator] - sympy expressions and integers
+        product = product * size
     return product
 
 

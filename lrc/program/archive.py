@@ -21,7 +21,10 @@ def check_archive(path: Path) -> None:
             payloads = [entry for n in configs for entry in _payloads(json.loads(archive.read(n)))]
     except (zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
         raise CaptureError(
-            str(path), expected="a program saved by torch.export.save", got=f"a damaged or other file ({error})", hint="Save it again"
+            str(path),
+            expected="a program saved by torch.export.save",
+            got=f"a damaged or other file ({error})",
+            hint="Save it again",
         ) from error
     pickled = [str(p.get("path_name")) for p in payloads if p.get("use_pickle")]
     pickled += [n for n in names if Path(n).name.startswith(CODE_PREFIXES)]

@@ -50,9 +50,7 @@ def capture_module(
     return capture_exported(exported, origin=replace(origin, model=model), inputs=spec)
 
 
-def _export(
-    model: nn.Module, spec: Inputs, extra: Mapping[str, Any]
-) -> tuple[torch.export.ExportedProgram, Inputs]:
+def _export(model: nn.Module, spec: Inputs, extra: Mapping[str, Any]) -> tuple[torch.export.ExportedProgram, Inputs]:
     """Export a module; a size that the model bounds or fixes is bounded or fixed as torch.export suggests."""
     for _ in range(ATTEMPTS):
         shapes = spec.dims() | dict.fromkeys(extra)
@@ -73,9 +71,7 @@ def narrow(spec: Inputs, refusal: str) -> Inputs | None:
     bounds = {name: int(top) for name, top in re.findall(r"(\w+) = Dim\('\w+'.*?max=(\d+)\)", refusal)}
     fixed = set(re.findall(r"^ +(\w+) = \d+$", refusal, re.MULTILINE))
     bounds = {name: top for name, top in bounds.items() if top < spec.largest.get(name, top + 1)}
-    dynamic = {
-        name: {dim: size for dim, size in dims.items() if size not in fixed} for name, dims in spec.dynamic.items()
-    }
+    dynamic = {name: {dim: size for dim, size in dims.items() if size not in fixed} for name, dims in spec.dynamic.items()}
     if not bounds and dynamic == spec.dynamic:
         return None
     return Inputs(spec.examples, dynamic, {**spec.largest, **bounds})

@@ -57,7 +57,9 @@ def _put(model: nn.Module, fqn: str, made: LinearMap) -> None:
         old = model.get_submodule(fqn)
     except AttributeError as error:
         raise LowerError(
-            fqn, message="the module to graft into has no submodule of this name", hint="Give the module that was captured"
+            fqn,
+            message="the module to graft into has no submodule of this name",
+            hint="Give the module that was captured",
         ) from error
     made.train(old.training)
     model.set_submodule(fqn, made)

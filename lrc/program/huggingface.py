@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lrc.errors import ModelError, UsageError
+from lrc.errors import ModelError
 from lrc.program.capture import capture_module
+from lrc.program.checks import check_finite, need_transformers
 from lrc.program.folder import check_weights, read_config
 from lrc.program.program import Origin, Program
 from lrc.program.tasks import auto_class, example_inputs, infer_task
@@ -40,7 +41,9 @@ def _capture_architecture(folder: Path, name: str, task: str | None, trust_remot
     config = read_config(folder)
     task = task or infer_task(config, folder)
     if str(config.get("model_type", "")).startswith("lrc_"):
-        import lrc.hf  # noqa: F401 - registers our folders with the auto classes
+        from lrc.program.auto_classes import register
+
+        register()
     try:
         loaded = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
@@ -77,7 +80,9 @@ def load_folder(
     loader = getattr(transformers, auto_class(task))
     kind = str(config.get("model_type", ""))
     if kind.startswith("lrc_"):
-        import lrc.hf  # noqa: F401 - registers our folders with the auto classes
+        from lrc.program.auto_classes import register
+
+        register()
     try:
         with _quiet(transformers):
             model, found = loader.from_pretrained(
@@ -89,7 +94,7 @@ def load_folder(
     except Exception as error:  # transformers raises many kinds
         raise ModelError(
             str(folder),
-            message=f"transformers cannot load the folder: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            message=f"transformers cannot load the folder: {(str(error) or type(error).__name__).splitlines()[0]}",
             hint=f"Is `model.task: {task}` right? The config names {config.get('architectures')}",
         ) from error
     missing = sorted(found["missing_keys"])
@@ -102,30 +107,6 @@ def load_folder(
     check_finite(model, str(folder))
     made: nn.Module = model.eval()
     return made, task
-
-
-def check_finite(model: nn.Module, where: str) -> None:
-    """Raise ModelError that names the first tensor with a NaN or an infinite value."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise ModelError(
-                f"{where}: {name}",
-                expected="finite numbers",
-                got=f"{bad} of {tensor.numel()} that are NaN or infinite",
-                hint="The checkpoint is damaged, or was saved after training diverged",
-            )
-
-
-def need_transformers() -> Any:
-    """Return the module transformers. Raises UsageError with the line that installs it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            "transformers", message="this model needs transformers, which is not installed", hint="pip install 'lrc-compiler[hf]'"
-        ) from error
-    return transformers
 
 
 class _quiet:  # noqa: N801 - used as a context manager

@@ -29,9 +29,7 @@ class Inputs:
         """Return the dynamic dimensions as `torch.export.export` takes them, one entry an input."""
         names = {name for dims in self.dynamic.values() for name in dims.values()}
         made = {name: torch.export.Dim(name, max=self.largest.get(name)) for name in sorted(names)}
-        return {
-            name: {dim: made[size] for dim, size in self.dynamic.get(name, {}).items()} for name in self.examples
-        }
+        return {name: {dim: made[size] for dim, size in self.dynamic.get(name, {}).items()} for name in self.examples}
 
     def fill(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return a value for every input; a missing mask, token type or position gets that of one unpadded text.
@@ -55,7 +53,10 @@ class Inputs:
             positions = torch.arange(tokens.shape[-1], dtype=like.dtype, device=tokens.device)
             return positions.expand(tokens.shape).contiguous()
         raise UsageError(
-            "inputs", expected=f"the inputs {', '.join(self.examples)}", got=", ".join(given) or "none", hint=f"Give `{name}`"
+            "inputs",
+            expected=f"the inputs {', '.join(self.examples)}",
+            got=", ".join(given) or "none",
+            hint=f"Give `{name}`",
         )
 
 

@@ -181,7 +181,8 @@ class Program:
         for name, tensor in self.tensors().items():
             data = tensor.detach().cpu().contiguous()
             sha.update(f"{name}:{data.dtype}:{tuple(data.shape)};".encode())
-            sha.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()) if data.numel() else b"")
+            if data.numel():
+                sha.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]  # a buffer
         return sha.hexdigest()
 
     def export(self, *, static: bool = False) -> torch.export.ExportedProgram:

@@ -103,9 +103,7 @@ def find_sites(program: "Program", graph: fx.Graph, tensors: Mapping[str, Tensor
     for linear in linears:
         grouped.setdefault(linear.weight, []).append(linear)
     order = {name: i for i, name in enumerate(names.canonical)}
-    sites = [
-        _site(program, weight, group, names, tensors, order, others.get(weight, [])) for weight, group in grouped.items()
-    ]
+    sites = [_site(program, weight, group, names, tensors, order, others.get(weight, [])) for weight, group in grouped.items()]
     sites.sort(key=lambda site: order.get(f"{site.fqn}.weight", order[site.weight_name]))
     return {site.fqn: site for site in sites}
 

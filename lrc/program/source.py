@@ -34,9 +34,7 @@ class Source:
     trust_remote_code: bool = False
 
 
-def load_program(
-    source: Source, *, allow_code: bool = False, inputs: Any = None, weights: bool = True
-) -> Program:
+def load_program(source: Source, *, allow_code: bool = False, inputs: Any = None, weights: bool = True) -> Program:
     """Load and capture a model. inputs: examples for a factory that gives none. weights: False leaves a folder's unread.
 
     Raises UsageError, ModelError or CaptureError, each with the place and the remedy.
@@ -51,7 +49,9 @@ def load_program(
     folder = resolve_folder(source)
     if source.trust_remote_code and not allow_code:
         raise UsageError(
-            "model.trust_remote_code", message="the model's own code would run", hint="Add `--allow-code` if you trust it"
+            "model.trust_remote_code",
+            message="the model's own code would run",
+            hint="Add `--allow-code` if you trust it",
         )
     return capture_folder(
         folder, name=source.path, task=source.task, dtype=source.dtype, device=source.device,
@@ -107,7 +107,9 @@ def _cached_snapshot(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except Exception:  # not in the cache: ask the hub, where the user lets us
         try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+            return Path(
+                snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+            )
         except Exception as error:  # huggingface_hub raises what its transport raises
             raise ModelError(
                 name,
@@ -134,7 +136,9 @@ def _from_factory(source: Source, allow_code: bool, inputs: Any) -> Program:
         raise ModelError(source.path, expected="a torch.nn.Module, or one with its example inputs", got=type(made).__name__)
     if given is None:
         raise ModelError(
-            source.path, message="no example inputs", hint="Let the factory return `(module, inputs)`, or name calibration arrays"
+            source.path,
+            message="no example inputs",
+            hint="Let the factory return `(module, inputs)`, or name calibration arrays",
         )
     if source.weights is not None:
         load_weights(made, Path(source.weights))
@@ -150,7 +154,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         missing, unexpected = model.load_state_dict(load_file(path), strict=False)
     except RuntimeError as error:
-        raise ModelError(str(path), message=f"the weights do not fit the model: {str(error).splitlines()[-1].strip()}") from error
+        raise ModelError(
+            str(path), message=f"the weights do not fit the model: {str(error).splitlines()[-1].strip()}"
+        ) from error
     if missing or unexpected:
         got = f"missing {', '.join(missing[:3]) or 'none'}; unexpected {', '.join(unexpected[:3]) or 'none'}"
         raise ModelError(str(path), expected="the model's tensors", got=got)

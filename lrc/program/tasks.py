@@ -76,9 +76,7 @@ def example_inputs(model: nn.Module, config: Any, folder: Path) -> Examples:
     if "pixel_values" in accepted and (main == "pixel_values" or hasattr(config, "vision_config")):
         size = getattr(vision, "image_size", 224)
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        tensors["pixel_values"] = torch.randn(
-            BATCH, getattr(vision, "num_channels", 3), height, width, generator=generator
-        )
+        tensors["pixel_values"] = torch.randn(BATCH, getattr(vision, "num_channels", 3), height, width, generator=generator)
         dynamic["pixel_values"] = {0: "batch"}
     if main in {"input_values", "input_features"}:
         shape = (BATCH, SAMPLES) if main == "input_values" else (BATCH, _mels(config), _frames(config))

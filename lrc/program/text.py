@@ -1,9 +1,9 @@
 """A program as text: one short line a node, in graph order, the same on every run and machine.
 
-    %x: f32[batch, 6] = input
-    %h: f32[batch, 2] = linear(%x, fc.A: f32[2, 6])                   # factorize @ fc
-    %y: f32[batch, 4] = linear(%h, fc.B: f32[4, 2], fc.bias: f32[4])  # factorize @ fc
-    return y=%y
+%x: f32[batch, 6] = input
+%h: f32[batch, 2] = linear(%x, fc.A: f32[2, 6])                   # factorize @ fc
+%y: f32[batch, 4] = linear(%h, fc.B: f32[4, 2], fc.bias: f32[4])  # factorize @ fc
+return y=%y
 """
 
 from collections.abc import Iterator
@@ -126,9 +126,9 @@ class _Writer:
 
 def _symbols(program: "Program") -> dict[Any, Any]:
     """Return the names of the dynamic sizes for the symbols that torch.export chose."""
-    import sympy
+    import sympy  # type: ignore[import-untyped]  # it has no annotations; torch depends on it
 
-    found = {}
+    found: dict[Any, Any] = {}
     for node in program.graph_module.graph.nodes:
         value = node.meta.get("val")
         if node.op != "placeholder" or not isinstance(value, Tensor):

@@ -19,9 +19,7 @@ from lrc.spec.registry import RANKS, Rule
 BUILTIN: tuple[Rule[Any, Any], ...] = (fixed_rank, params_kept, energy_rank, fraction_rank, breakeven_rank)
 
 
-def choose(
-    curves: Sequence[SiteCurve], options: RankPolicy, *, allocate: str = "auto", round_to: int = 1
-) -> dict[str, Choice]:
+def choose(curves: Sequence[SiteCurve], options: RankPolicy, *, allocate: str = "auto", round_to: int = 1) -> dict[str, Choice]:
     """Return every site's rank, or the reason why it stays dense.
 
     allocate "auto": global where the losses of different layers may be compared, else uniform.

@@ -42,7 +42,9 @@ def params_kept(
     if chosen is None:
         least = sum(int(site.sizes[0]) for site in sites) / max(1, sum(c.dense_size for c in curves))
         raise UsageError(
-            "rank.params_kept", expected=f"at least {least:.2g} (rank {round_to} everywhere)", got=f"{options.params_kept:g}"
+            "rank.params_kept",
+            expected=f"at least {least:.2g} (rank {round_to} everywhere)",
+            got=f"{options.params_kept:g}",
         )
     fits = sum(int(site.sizes[i]) for site, i in zip(sites, uniform, strict=True)) <= budget
     better = fits and _total(sites, uniform) < _total(sites, chosen)
@@ -149,5 +151,7 @@ def _choices(sites: Sequence[_Options], places: Sequence[int]) -> dict[str, Choi
         if place < len(site.ranks):
             made[site.curve.name] = Choice(int(site.ranks[place]))
         else:
-            made[site.curve.name] = Choice(None, "the budget leaves it dense: its parameters are worth more here than elsewhere")
+            made[site.curve.name] = Choice(
+                None, "the budget leaves it dense: its parameters are worth more here than elsewhere"
+            )
     return made

@@ -115,9 +115,7 @@ class RankValue:
             self.validate, serialization=core_schema.plain_serializer_function_ser_schema(_as_written)
         )
 
-    def __get_pydantic_json_schema__(
-        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         models = [handler(rule.options.__pydantic_core_schema__) for rule in RANKS if rule.options is not FixedRank]
         return {"anyOf": [{"type": "integer", "minimum": 1}, *models]}
 

@@ -15,15 +15,14 @@ LOADING = {
 }
 
 
-def model_card(
-    plan: Plan, model: str, metrics: Sequence[Mapping[str, Any]], formats: Sequence[str], spec: str
-) -> str:
+def model_card(plan: Plan, model: str, metrics: Sequence[Mapping[str, Any]], formats: Sequence[str], spec: str) -> str:
     """Return the card as Markdown."""
     before, after = plan.parameters
     lines = [
         f"# {model}, compressed by lrc",
         "",
-        f"{count(before)} → {count(after)} parameters ({share(after, before)} kept), {size(plan.bytes[0])} → {size(plan.bytes[1])}.",
+        f"{count(before)} → {count(after)} parameters ({share(after, before)} kept), "
+        f"{size(plan.bytes[0])} → {size(plan.bytes[1])}.",
         "",
     ]
     if metrics:

@@ -32,7 +32,9 @@ def open_artifact(name: str, *, allow_code: bool = False) -> Runner:
             return Pt2Runner(path)
         if not allow_code:
             raise UsageError(
-                name, message="an AOTInductor package is native code", hint="Add `--allow-code` if you made it or trust its maker"
+                name,
+                message="an AOTInductor package is native code",
+                hint="Add `--allow-code` if you made it or trust its maker",
             )
         from lrc.lower.aoti import AotiRunner
 

@@ -63,12 +63,18 @@ def pairs_of(folder: Path, manifest: Mapping[str, Any], dense: Program, scratch:
     module = load(folder)
     pairs = [Pair("eager", ModelRunner(dense.origin.model or dense.module()), ModelRunner(module))]
     if compile_modules:
-        pairs.append(Pair("torch.compile", CompiledRunner(dense.origin.model or dense.module(), {}, True), CompiledRunner(module, {}, True)))
+        pairs.append(
+            Pair(
+                "torch.compile",
+                CompiledRunner(dense.origin.model or dense.module(), {}, True),
+                CompiledRunner(module, {}, True),
+            )
+        )
     for name, made in manifest["artifacts"].items():
         if name in ("hf", "pt2", "torch_compile"):
             continue
         rule = EXPORTERS.get(name)
-        written = rule(dense, scratch, rule.options())  # type: ignore[call-arg]
+        written = rule(dense, scratch, rule.options())
         pairs.append(
             Pair(
                 name,
@@ -80,7 +86,12 @@ def pairs_of(folder: Path, manifest: Mapping[str, Any], dense: Program, scratch:
 
 
 def benchmark_pairs(
-    pairs: Sequence[Pair], dense: Program, compressed: Program, batches: Sequence[int], lengths: Sequence[int], rounds: int
+    pairs: Sequence[Pair],
+    dense: Program,
+    compressed: Program,
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    rounds: int,
 ) -> list[dict[str, Any]]:
     """Time all pairs at all shapes, each shape in one interleaved run."""
     rows = []

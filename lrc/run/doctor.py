@@ -6,7 +6,19 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-CORE = ("torch", "pydantic", "PyYAML", "rich", "typer", "safetensors", "numpy", "scipy", "onnx", "onnxscript", "onnxruntime")
+CORE = (
+    "torch",
+    "pydantic",
+    "PyYAML",
+    "rich",
+    "typer",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+)
 EXTRAS = {"transformers": "hf", "tokenizers": "hf"}
 Row = dict[str, Any]
 
@@ -14,9 +26,7 @@ Row = dict[str, Any]
 def examine() -> list[Row]:
     """Return a row per check: what, found, ok, needed (whether the main job fails without it), remedy."""
     rows = [_package(name, needed=True, remedy=f"pip install {name}") for name in CORE]
-    rows += [
-        _package(name, needed=False, remedy=f"pip install 'lrc-compiler[{extra}]'") for name, extra in EXTRAS.items()
-    ]
+    rows += [_package(name, needed=False, remedy=f"pip install 'lrc-compiler[{extra}]'") for name, extra in EXTRAS.items()]
     return rows + [check() for check in (_compiler, _cpu, _gpu, _disk)]
 
 

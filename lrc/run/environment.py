@@ -7,7 +7,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("lrc-compiler", "torch", "transformers", "tokenizers", "safetensors", "onnx", "onnxscript", "onnxruntime", "numpy", "scipy")
+PACKAGES = (
+    "lrc-compiler",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "numpy",
+    "scipy",
+)
 
 
 def environment() -> dict[str, Any]:

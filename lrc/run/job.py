@@ -162,9 +162,7 @@ def manifest_of(output: OutputFolder, job: Job, record: Record, written: Mapping
         "task": job.program.task,
         "environment": environment(),
         "seed": job.session.seed,
-        "artifacts": {
-            name: {"path": made["artifact"], "notes": made["notes"]} for name, made in record.artifacts.items()
-        },
+        "artifacts": {name: {"path": made["artifact"], "notes": made["notes"]} for name, made in record.artifacts.items()},
         "parity": record.parity,
         "failures": record.failures,
         "sha256": dict(sorted(hashes.items())),

@@ -7,7 +7,7 @@ stranger's.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, field_validator
@@ -78,7 +78,7 @@ class Rewrite:
 class Statistics:
     """What is known of one site: its calibration moments, and for a ranked pass the decomposition of its weight."""
 
-    moments: Moments = Moments()
+    moments: Moments = field(default_factory=Moments)
     terms: Decomposition | None = None
 
     @property
@@ -94,9 +94,7 @@ class ProgramPass(Protocol):
     def plan(self, program: Program, session: "Session", options: Any, index: int) -> Sequence[Decision]:
         """Decide, changing nothing. `index` is the place of the pass in the spec."""
 
-    def apply(
-        self, program: Program, session: "Session", options: Any, decisions: Sequence[Decision]
-    ) -> Sequence[Decision]:
+    def apply(self, program: Program, session: "Session", options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Edit the program as decided. Return the decisions as they were carried out (fallbacks noted)."""
 
 

@@ -33,7 +33,8 @@ class Decision:
     """What one pass does with one group of sites.
 
     sites: fully qualified names, most often one. rule: the pattern that chose them. rank, full_rank, form: of a low-rank
-    product (full_rank: the largest there could be), or None. predicted: the solver's loss at that rank, in `unit`. keep: the reason why nothing changes, or None.
+    product (full_rank: the largest there could be), or None. predicted: the solver's loss at that rank, in `unit`.
+    keep: the reason why nothing changes, or None.
     after_sites: groups that must be applied before this one (`propagate: compressed`). notes: fallbacks and the like.
     """
 
@@ -89,17 +90,8 @@ class Plan:
             data: dict[str, Any] = json.loads(text)
             if data["format"] != FORMAT:
                 raise UsageError(where, expected=f"a plan of format {FORMAT}", got=str(data["format"]))
-            decisions = tuple(
-                Decision(
-                    **{
-                        **{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()},
-                        "before": Summary(**row["before"]),
-                        "after": Summary(**row["after"]),
-                    }
-                )
-                for row in data.pop("decisions")
-            )
-            return cls(decisions, **{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+            decisions = tuple(_decision(row) for row in data.pop("decisions"))
+            return cls(decisions, **_tuples(data))
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(where, expected="a plan written by lrc", got=str(error)) from error
 
@@ -110,6 +102,14 @@ class Plan:
         if not file.is_file():
             raise UsageError(str(path), expected="a plan.json or an output folder of lrc", got="no such file")
         return cls.from_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def _decision(row: dict[str, Any]) -> Decision:
+    return Decision(**{**_tuples(row), "before": Summary(**row["before"]), "after": Summary(**row["after"])})
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
 
 
 def totals(decisions: Sequence[Decision]) -> tuple[int, int]:

@@ -45,11 +45,14 @@ def read_spec(spec: Spec, overrides: Sequence[str] = ()) -> tuple[Document, Path
     """Return the document and its file, with the packages that its exports need checked. Raises SpecError or UsageError."""
     document, file = load_document(spec, overrides)
     for options in document.export:
-        for package in NEEDS.get(str(getattr(options, "format", "")), ()):
+        name = str(getattr(options, "format", ""))
+        for package in NEEDS.get(name, ()):
             if importlib.util.find_spec(package) is None:
                 extra = "'lrc-compiler[hf]'" if package == "transformers" else package
                 raise UsageError(
-                    f"export.{options.format}", message=f"needs {package}, which is not installed", hint=f"pip install {extra}"  # type: ignore[attr-defined]
+                    f"export.{name}",
+                    message=f"needs {package}, which is not installed",
+                    hint=f"pip install {extra}",
                 )
     return document, file
 
@@ -72,9 +75,7 @@ def prepare(
     """
     document, file = read_spec(spec, overrides)
     progress("capture", 0, 1)
-    program = capture(
-        model, document=document, inputs=inputs, allow_code=allow_code, base=file.parent if file else Path()
-    )
+    program = capture(model, document=document, inputs=inputs, allow_code=allow_code, base=file.parent if file else Path())
     progress("capture", 1, 1)
     spec_cache = document.calibration.cache if document.calibration else None
     place = cache or (Path(spec_cache) if spec_cache else (output or Path(document.output)).absolute().parent / CACHE)
@@ -101,7 +102,9 @@ def batches_for(
         path = base / document.calibration.dataset
         if not path.is_file():
             raise UsageError(
-                f"calibration.dataset: {path}", message="no such file", hint="Paths in a spec start at the spec's own folder"
+                f"calibration.dataset: {path}",
+                message="no such file",
+                hint="Paths in a spec start at the spec's own folder",
             )
     return lambda: load_batches(calibration_request(program, document, base, allow_code=allow_code))
 
@@ -132,9 +135,7 @@ def capture(
         return replace_task(program, spec.task)
     if model is None:
         raise UsageError("MODEL", message="no model is named", hint="Give MODEL, or set `model.path` in the spec")
-    source = Source(
-        str(model), spec.task, spec.dtype, spec.device, spec.weights, spec.revision, spec.trust_remote_code
-    )
+    source = Source(str(model), spec.task, spec.dtype, spec.device, spec.weights, spec.revision, spec.trust_remote_code)
     examples = inputs
     if examples is None and document is not None and ":" in source.path and document.calibration is not None:
         examples = _first_batch(document, base, allow_code)

@@ -5,9 +5,9 @@ import tempfile
 from pathlib import Path
 
 from lrc.errors import UsageError
+from lrc.program.capture import load_exported
 from lrc.program.huggingface import capture_folder
 from lrc.program.program import Program
-from lrc.program.capture import load_exported
 from lrc.spec.registry import EXPORTERS
 from lrc.verify.cases import make_cases
 from lrc.verify.evaluate import raise_on_missed
@@ -15,14 +15,15 @@ from lrc.verify.parity import Artifact, check
 from lrc.verify.tolerance import Numerics
 
 
-def export_folder(folder: Path, format: str, output: Path | None = None) -> list[Path]:
-    """Lower a finished folder to `format`, check the artifact in a fresh process, and put it into `output` (or the folder).
+def export_folder(folder: Path, kind: str, output: Path | None = None) -> list[Path]:
+    """Lower a finished folder to the format `kind`, check the artifact in a fresh process, and put it into `output`.
 
-    Returns the files. Raises UsageError for an unknown format, a file that is in the way, or a folder that is none of ours;
+    Without `output` it goes into the folder. Returns the files. Raises UsageError for an unknown format, a file that is in
+    the way, or a folder that is none of ours;
     GateError when the artifact differs; it is put there all the same.
     """
     try:
-        rule = EXPORTERS.get(format)
+        rule = EXPORTERS.get(kind)
     except ValueError as error:
         raise UsageError("--format", message=str(error)) from error
     program = program_of(folder)
@@ -31,15 +32,17 @@ def export_folder(folder: Path, format: str, output: Path | None = None) -> list
     with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as name:
         scratch = Path(name)
         options = rule.options()
-        written = rule(program, scratch, options)  # type: ignore[call-arg]
+        written = rule(program, scratch, options)
         made = sorted(p for p in scratch.rglob("*") if p.is_file())
         taken = [p for p in made if (target / p.relative_to(scratch)).exists()]
         if taken:
             raise UsageError(
-                str(target / taken[0].relative_to(scratch)), message="the file exists", hint="Choose another folder with `-o`"
+                str(target / taken[0].relative_to(scratch)),
+                message="the file exists",
+                hint="Choose another folder with `-o`",
             )
         cases = make_cases(program, program.inputs)
-        artifact = Artifact(format, scratch / written.artifact, options.opens)  # type: ignore[attr-defined]
+        artifact = Artifact(kind, scratch / written.artifact, options.opens)  # type: ignore[attr-defined]
         rows = check([(artifact, cases)], Numerics.of(program.tensors()))
         files = []
         for path in made:
@@ -59,5 +62,3 @@ def program_of(folder: Path) -> Program:
     if (folder / "program.pt2").is_file():
         return load_exported(folder / "program.pt2")
     raise UsageError(str(folder), expected="a finished output folder of lrc", got="neither config.json nor program.pt2")
-
-

@@ -48,7 +48,9 @@ def _tied(program: Program, fqn: str, options: Any) -> str | None:
         return None
     if policy == "error":
         raise SiteError(
-            fqn, message=f"the weight is tied: {readers} reads it too", hint="Set `tied: keep` or `tied: untie`, or ignore the site"
+            fqn,
+            message=f"the weight is tied: {readers} reads it too",
+            hint="Set `tied: keep` or `tied: untie`, or ignore the site",
         )
     return f"tied: {readers} reads the same weight (`tied: untie` gives the linear its own)"
 

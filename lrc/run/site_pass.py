@@ -60,9 +60,7 @@ class SitePass:
             decisions.append(carried_out(decision, made))
         return decisions
 
-    def apply(
-        self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]
-    ) -> Sequence[Decision]:
+    def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Make every map again and put it in place."""
         work = [d for d in decisions if d.keep is None]
         moments = session.moments(program, [d.sites[0] for d in work], options.needs)
@@ -94,9 +92,7 @@ class RankedSitePass(SitePass):
         curves = [terms.curve(program.sites[fqn], options.form) for fqn in free]
         choices = choose(curves, options.rank, allocate=options.allocate, round_to=options.round_to)
         before = in_groups(program, free) if compressed(options) else {}
-        return [
-            self.decide(program.sites[s.fqn], s, options, index, choices, terms, before.get(s.fqn, ())) for s in selected
-        ]
+        return [self.decide(program.sites[s.fqn], s, options, index, choices, terms, before.get(s.fqn, ())) for s in selected]
 
     def decide(
         self,
@@ -111,7 +107,14 @@ class RankedSitePass(SitePass):
         """Put what was chosen for one site into a decision."""
         before = summarize(site.map)
         decision = Decision(
-            index, options.type, (site.fqn,), selected.rule, before, before, full_rank=min(site.shape), after_sites=after_sites
+            index,
+            options.type,
+            (site.fqn,),
+            selected.rule,
+            before,
+            before,
+            full_rank=min(site.shape),
+            after_sites=after_sites,
         )
         if selected.keep:
             return replace(decision, keep=selected.keep)
@@ -126,9 +129,7 @@ class RankedSitePass(SitePass):
             unit=found.unit, notes=found.notes,
         )  # fmt: skip
 
-    def apply(
-        self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]
-    ) -> Sequence[Decision]:
+    def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Make the maps from the stored decompositions, or one group after the other behind the compressed ones."""
         work = [d for d in decisions if d.keep is None]
         done = {d.name: d for d in decisions}

@@ -11,7 +11,12 @@ from lrc.spec.patterns import layer_of
 METRIC = {"sentence-similarity": "spearman", "text-generation": "perplexity", "text-classification": "accuracy"}
 DATA = {
     "sentence-similarity": ("sentences.txt", "one sentence a line", "pairs.csv", "columns sentence1, sentence2, score"),
-    "text-generation": ("calibration.txt", "plain text, read as one stream", "test.txt", "plain text, read as one stream"),
+    "text-generation": (
+        "calibration.txt",
+        "plain text, read as one stream",
+        "test.txt",
+        "plain text, read as one stream",
+    ),
     "text-classification": ("texts.txt", "one text a line", "labelled.csv", "columns text, label"),
 }
 OTHER = ("calibration.npz", "arrays named as the model's inputs", "test.npz", "arrays named as the inputs, and labels")
@@ -34,8 +39,8 @@ def starter_spec(program: Program, path: str) -> str:
         "    targets:  # ordered, the last match wins; `*` within one part of a name, `**` across parts",
         *(f"      - {_quoted(pattern)}  # {count} sites" for pattern, count in patterns(program)),
         "    solver: kfac  # the least loss in second order; `lrc list solvers` has the others, svd needs no data",
-        "    rank: {params_kept: 0.5}  # of all targets together; or a number, {energy: 0.95}, {fraction: 0.25}, {breakeven: 0.5}",
-        "    # form: two_factor  # pivoted stores a rank-r product in r(m+n-r) numbers, two_factor in r(m+n); auto: the smaller",
+        "    rank: {params_kept: 0.5}  # of all targets together; or 64, {energy: 0.95}, {fraction: 0.25}, {breakeven: 0.5}",
+        "    # form: two_factor  # r(m+n) numbers, two products; pivoted: r(m+n-r) numbers and an index; auto: the smaller",
     ]
     if metric:
         lines += [

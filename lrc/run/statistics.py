@@ -33,9 +33,7 @@ def unpack(small: dict[str, Tensor], factors: dict[str, Tensor] | None = None) -
     nothing = small["S"].new_empty(0)
     factors = factors or {"B": nothing, "A": nothing}
     optional = {name: small.get(name) for name in OPTIONAL}
-    return Decomposition(
-        factors["B"], factors["A"], small["S"], remainder, scale, unit, notes=tuple(notes), **optional
-    )
+    return Decomposition(factors["B"], factors["A"], small["S"], remainder, scale, unit, notes=tuple(notes), **optional)
 
 
 class Terms:
@@ -89,9 +87,7 @@ class Terms:
 def terms_key(site: Site, measured: str, solver: Any, max_rank: int) -> str:
     """Return the content hash of everything that a decomposition depends on."""
     weight, bias = site.map.dense()
-    return digest(
-        "decomposition-1", weight, bias, measured, solver.model_dump(), max_rank, torch.__version__, site.fqn
-    )
+    return digest("decomposition-1", weight, bias, measured, solver.model_dump(), max_rank, torch.__version__, site.fqn)
 
 
 def solve_all(fqns: Sequence[str], solve: Callable[[str], T], workers: int) -> Iterator[T]:

@@ -72,9 +72,7 @@ def cross_moment(moments: Moments, center: bool) -> Tensor | None:
     return cross - dense_mean[:, None] * input_mean(moments)
 
 
-def propagated_target(
-    weight: Tensor, moments: Moments, blend: float, damping: float = 1e-3, *, center: bool = False
-) -> Tensor:
+def propagated_target(weight: Tensor, moments: Moments, blend: float, damping: float = 1e-3, *, center: bool = False) -> Tensor:
     """Return the weight to fit where the layer will see the inputs of an already compressed model.
 
     W* = W E[x x̃ᵀ] (C̃ + damping * mean(diag C̃) I)⁻¹ maps the changed inputs x̃ to the dense layer's outputs; the result

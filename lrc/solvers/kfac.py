@@ -69,9 +69,7 @@ def kfac(
             break
         damping = max(damping, 1e-6) * STEP
     if damping != options.damping_out:
-        notes += (
-            f"damping_out raised from {options.damping_out:g} to {damping:g}: the truncated weight outgrew the weight",
-        )
+        notes += (f"damping_out raised from {options.damping_out:g} to {damping:g}: the truncated weight outgrew the weight",)
     scale = 0.5 * L.weight * K.weight
     terms = replace(terms, scale=scale, unit=LOSS_UNIT, notes=notes + K.notes)
     return with_bias(terms, weight, bias, moments, center)

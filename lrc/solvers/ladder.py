@@ -36,7 +36,8 @@ class Root:
         """Return X L⁻¹, X of shape (rows, n): a triangular solve, never an explicit inverse of a triangle."""
         if self.inverse is not None:
             return X @ self.inverse
-        return torch.linalg.solve_triangular(self.matrix, X, upper=False, left=False)
+        solved: Tensor = torch.linalg.solve_triangular(self.matrix, X, upper=False, left=False)
+        return solved
 
     def divide(self, X: Tensor) -> Tensor:
         """Return X C⁻¹ = X L⁻ᵀ L⁻¹, X of shape (rows, n)."""
@@ -91,7 +92,7 @@ def _floored(C: Tensor, name: str) -> Root:
     size = C.shape[0]
     try:
         e, Q = torch.linalg.eigh(C)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError is one
         note = f"{name} has no eigenvalues that converge: the identity takes its place"
         return Root(identity(size, C), identity(size, C), notes=(note,))
     floor = FLOOR * float(e[-1])

@@ -35,9 +35,7 @@ class Refusal:
     reason: str
 
 
-def pivot(
-    B: Tensor, A: Tensor, side: Literal["out", "in"] = "out", *, dtype: torch.dtype | None = None
-) -> Pivot | Refusal:
+def pivot(B: Tensor, A: Tensor, side: Literal["out", "in"] = "out", *, dtype: torch.dtype | None = None) -> Pivot | Refusal:
     """Return the product B A in pivoted form, or the reason why it has none.
 
     B: (out_features, rank), A: (rank, in_features); rank <= min(out_features, in_features). dtype: of P and Z, that of B

@@ -7,9 +7,7 @@ from lrc.solvers.base import Decomposition
 from lrc.solvers.ladder import Root
 
 
-def ordered_terms(
-    weight: Tensor, left: Root | None, right: Root | None, max_rank: int, dtype: torch.dtype
-) -> Decomposition:
+def ordered_terms(weight: Tensor, left: Root | None, right: Root | None, max_rank: int, dtype: torch.dtype) -> Decomposition:
     """Return B, A, S such that B[:, :r] A[:r] minimises ||Kᵀ (W - B A) L||_F over all maps of rank r, for every r.
 
     weight: W (out_features, in_features). left: K with K Kᵀ weighing output errors, right: L weighing inputs; None stands
@@ -38,9 +36,7 @@ def ordered_terms(
     return stored(B, A, S, max_rank, dtype)
 
 
-def stored(
-    B: Tensor, A: Tensor, S: Tensor, max_rank: int, dtype: torch.dtype, *, balance: bool = True
-) -> Decomposition:
+def stored(B: Tensor, A: Tensor, S: Tensor, max_rank: int, dtype: torch.dtype, *, balance: bool = True) -> Decomposition:
     """Return the first `max_rank` terms in `dtype`, and the squared norm of the rest.
 
     balance: give the two vectors of a term equal norms (the square-root split of the singular value, where the norm is
@@ -63,7 +59,8 @@ def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 def eigenvectors(gram: Tensor) -> Tensor:
     """Return the eigenvectors of a symmetric matrix as columns, largest eigenvalue first."""
-    return torch.linalg.eigh(gram)[1].flip(1)
+    vectors: Tensor = torch.linalg.eigh(gram)[1]
+    return vectors.flip(1)
 
 
 def storage_dtype(weight: Tensor) -> torch.dtype:

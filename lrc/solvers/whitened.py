@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lrc.solvers.base import Decomposition, Moments, Need, SolverOptions, solver
+from lrc.solvers.base import Decomposition, Moments, Need, solver
 from lrc.solvers.checks import check
 from lrc.solvers.inputs import (
     InputsOptions,
@@ -69,9 +69,7 @@ def whitened(
     return with_bias(replace(terms, scale=L.weight, unit=UNIT, notes=L.notes), weight, bias, moments, center)
 
 
-def with_bias(
-    terms: Decomposition, weight: Tensor, bias: Tensor | None, moments: Moments, center: bool
-) -> Decomposition:
+def with_bias(terms: Decomposition, weight: Tensor, bias: Tensor | None, moments: Moments, center: bool) -> Decomposition:
     """Return `terms` with the layer's bias, and with what the bias correction needs where inputs are centred."""
     if not center:
         return replace(terms, bias=bias)

@@ -73,9 +73,7 @@ class Document(SpecModel):
     schema_: str | None = Field(default=None, alias="$schema", description="For editors.")
     model: ModelSpec = Field(default=ModelSpec(), description="The model to compile.")
     calibration: CalibrationSpec | None = Field(default=None, description="Sample inputs; needed by data-aware solvers.")
-    passes: list[Annotated[SpecModel, Registered(PASSES)]] = Field(
-        default=[], description="The rewriting passes, in order."
-    )
+    passes: list[Annotated[SpecModel, Registered(PASSES)]] = Field(default=[], description="The rewriting passes, in order.")
     evaluate: EvaluateSpec = Field(default=EvaluateSpec(), description="How the result is judged.")
     export: list[Annotated[SpecModel, Registered(EXPORTERS)]] = Field(
         default=[], description="What is written beside the plan: format names, or mappings with `format`."

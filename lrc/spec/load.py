@@ -18,9 +18,7 @@ PRESETS = "lrc_specs"
 Places = dict[Place, str]
 
 
-def load_document(
-    spec: "str | Path | Mapping[str, Any]", overrides: Sequence[str] = ()
-) -> tuple[Document, Path | None]:
+def load_document(spec: "str | Path | Mapping[str, Any]", overrides: Sequence[str] = ()) -> tuple[Document, Path | None]:
     """Read a spec: a file, `preset:NAME`, or the same as a mapping. Returns the document and its file.
 
     overrides: `section.key=value`, applied last. Raises SpecError.
@@ -67,13 +65,11 @@ def _known_part(data: Any, loc: Sequence[str | int]) -> Place:
     """Return the part of a pydantic location that is a path in the data; union tags and the like are left out."""
     path: list[str | int] = []
     for key in loc:
-        if isinstance(data, Mapping) and key in data:
-            data = data[key]
-        elif isinstance(data, list) and isinstance(key, int) and key < len(data):
-            data = data[key]
-        else:
-            continue
-        path.append(key)
+        inside = isinstance(data, Mapping) and key in data
+        if inside or (isinstance(data, list) and isinstance(key, int) and key < len(data)):
+            here: Any = data
+            data = here[key]
+            path.append(key)
     return tuple(path)
 
 

@@ -138,9 +138,7 @@ class Registered:
             self.validate, serialization=core_schema.plain_serializer_function_ser_schema(lambda v: v.model_dump())
         )
 
-    def __get_pydantic_json_schema__(
-        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         words = [{"const": name} for name in self.registry.names()]
         models = [handler(rule.options.__pydantic_core_schema__) for rule in self.registry]
         return {"anyOf": [*words, *models]}

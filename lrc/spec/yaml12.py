@@ -13,11 +13,10 @@ Path = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """The safe loader with the scalars of YAML 1.2's core schema."""
 
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}
 
-
+_Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", list("~nN") + [""]),
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", [*"~nN", ""]),
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", list("-+0123456789")),
     (
@@ -64,7 +63,7 @@ def _build(loader: _Loader, node: yaml.Node, path: Path, lines: dict[Path, int],
     if isinstance(node, yaml.MappingNode):
         data: dict[Any, Any] = {}
         for key_node, value_node in node.value:
-            key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+            key = loader.construct_object(key_node)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise SpecError(f"{where}:{line}", expected="a word as key", got=repr(key))
@@ -79,4 +78,4 @@ def _build(loader: _Loader, node: yaml.Node, path: Path, lines: dict[Path, int],
         return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
     if node.tag == "tag:yaml.org,2002:int":
         return int(node.value)
-    return loader.construct_object(node)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node)

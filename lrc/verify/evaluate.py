@@ -41,7 +41,11 @@ class Gate:
 
 
 def evaluate(
-    runner: Runner, original: Runner | None, spec: EvaluateSpec, request: Request, known: Mapping[str, float] | None = None
+    runner: Runner,
+    original: Runner | None,
+    spec: EvaluateSpec,
+    request: Request,
+    known: Mapping[str, float] | None = None,
 ) -> list[Score]:
     """Return the score of every metric of the spec. known: values of the original that need no measuring again."""
     scores = []

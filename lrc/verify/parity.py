@@ -72,18 +72,18 @@ def check(artifacts: Sequence[tuple[Artifact, Sequence[Case]]], numerics: Numeri
     return rows
 
 
-def compare(format: str, case: Case, found: Mapping[str, Tensor], numerics: Numerics) -> list[Parity]:
+def compare(kind: str, case: Case, found: Mapping[str, Tensor], numerics: Numerics) -> list[Parity]:
     """Return a row for every expected output. Raises LowerError for one that is missing or has another shape."""
     rows = []
     for name, expected in case.expected.items():
         if name not in found or found[name].shape != expected.shape:
             got = f"shape {tuple(found[name].shape)}" if name in found else f"outputs {', '.join(found)}"
-            raise LowerError(f"{format}: {name}", expected=f"an output of shape {tuple(expected.shape)}", got=got)
+            raise LowerError(f"{kind}: {name}", expected=f"an output of shape {tuple(expected.shape)}", got=got)
         tolerance = numerics.tolerance(expected)
         difference = error_of(found[name], expected)
         largest, mean = (float(difference.max()), float(difference.mean())) if difference.numel() else (0.0, 0.0)
         ok = largest <= tolerance.largest and mean <= tolerance.mean
-        rows.append(Parity(format, case.shape, name, largest, mean, tolerance.largest, tolerance.mean, ok))
+        rows.append(Parity(kind, case.shape, name, largest, mean, tolerance.largest, tolerance.mean, ok))
     return rows
 
 
@@ -103,16 +103,16 @@ def _start(artifact: Artifact, cases: Sequence[Case], folder: Path) -> "tuple[su
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), folder
 
 
-def _finish(
-    artifact: Artifact, process: "subprocess.Popen[str]", folder: Path, count: int
-) -> list[dict[str, Tensor]]:
+def _finish(artifact: Artifact, process: "subprocess.Popen[str]", folder: Path, count: int) -> list[dict[str, Tensor]]:
     try:
         _, errors = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired as error:
         raise LowerError(artifact.format, message=f"the artifact gave no answer in {TIMEOUT} s") from error
     if process.returncode != 0:
         last = next((line for line in reversed(errors.splitlines()) if line.strip()), f"exit code {process.returncode}")
-        raise LowerError(f"{artifact.format}: {artifact.path.name}", message=f"the artifact does not run in a fresh process: {last}")
+        raise LowerError(
+            f"{artifact.format}: {artifact.path.name}", message=f"the artifact does not run in a fresh process: {last}"
+        )
     found: list[dict[str, Tensor]] = [{} for _ in range(count)]
     with safe_open(folder / "outputs.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a mapping

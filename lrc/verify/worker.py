@@ -1,6 +1,6 @@
 """The fresh process: opens one artifact, runs it on stored inputs, stores the outputs. It imports what the artifact needs.
 
-    python -m lrc.verify.worker FOLDER    # reads job.json and inputs.safetensors, writes outputs.safetensors
+python -m lrc.verify.worker FOLDER    # reads job.json and inputs.safetensors, writes outputs.safetensors
 """
 
 import importlib

@@ -1,10 +1,10 @@
 """factorize: a dense weight becomes a product of rank r.
 
-    W                 ->  Chain(B, A)        r(m+n) numbers; or
-    W                 ->  Pivoted(P, Z)      the same product in r(m+n-r) numbers and an index of m
+W                 ->  Chain(B, A)        r(m+n) numbers; or
+W                 ->  Pivoted(P, Z)      the same product in r(m+n-r) numbers and an index of m
 
-    %y = linear(%x, fc.weight: f32[m, n], fc.bias)
-    %h = linear(%x, fc.A: f32[r, n]);  %y = linear(%h, fc.B: f32[m, r], fc.bias)
+%y = linear(%x, fc.weight: f32[m, n], fc.bias)
+%h = linear(%x, fc.A: f32[r, n]);  %y = linear(%h, fc.B: f32[m, r], fc.bias)
 """
 
 from typing import Annotated, Literal

@@ -15,6 +15,12 @@ def write(folder: OutputFolder, step: str, name: str, text: str = "x") -> None:
         (scratch / name).write_text(text)
 
 
+def fail(folder: OutputFolder, error: Exception) -> None:
+    with folder.step("hf") as scratch:
+        (scratch / "half").write_text("x")
+        raise error
+
+
 def test_nothing_appears_before_publish(tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", "k") as folder:
         write(folder, "hf", "config.json")
@@ -52,17 +58,15 @@ def test_a_changed_file_is_not_taken_over(tmp_path: Path) -> None:
 
 def test_a_step_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", "k") as folder:
-        with pytest.raises(RuntimeError, match="boom"), folder.step("hf") as scratch:
-            (scratch / "half").write_text("x")
-            raise RuntimeError("boom")
+        with pytest.raises(RuntimeError, match="boom"):
+            fail(folder, RuntimeError("boom"))
         assert list(folder.staging.iterdir()) == []
 
 
 def test_a_full_disk_is_said_with_the_remedy(tmp_path: Path) -> None:
-    with OutputFolder(tmp_path / "out", "k") as folder:
-        with pytest.raises(LowerError, match=r"disk is full .* while writing `hf`.*run the same command again"):
-            with folder.step("hf"):
-                raise OSError(errno.ENOSPC, "No space left on device")
+    wanted = r"disk is full .* while writing `hf`.*run the same command again"
+    with OutputFolder(tmp_path / "out", "k") as folder, pytest.raises(LowerError, match=wanted):
+        fail(folder, OSError(errno.ENOSPC, "No space left on device"))
 
 
 def test_a_folder_with_files_is_refused_and_untouched(tmp_path: Path) -> None:
@@ -87,9 +91,9 @@ def test_a_finished_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
 
 
 def test_two_runs_cannot_write_one_folder(tmp_path: Path) -> None:
-    with OutputFolder(tmp_path / "out", "k"):
-        with pytest.raises(UsageError, match="another run is writing"), OutputFolder(tmp_path / "out", "k"):
-            raise AssertionError("unreachable")
+    second = OutputFolder(tmp_path / "out", "k")
+    with OutputFolder(tmp_path / "out", "k"), pytest.raises(UsageError, match="another run is writing"):
+        second.__enter__()
 
 
 def test_a_file_in_the_way_and_an_unwritable_parent_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

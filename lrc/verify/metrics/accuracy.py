@@ -62,4 +62,6 @@ def label_of(value: Any, names: Mapping[str, int], where: str) -> int:
     try:
         return int(value)
     except (TypeError, ValueError) as error:
-        raise DataError(where, expected=f"a class index, or one of {', '.join(names) or 'no names'}", got=repr(value)) from error
+        raise DataError(
+            where, expected=f"a class index, or one of {', '.join(names) or 'no names'}", got=repr(value)
+        ) from error

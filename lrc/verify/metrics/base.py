@@ -52,7 +52,9 @@ class Subject:
         if options.dataset is not None:
             return replace(self.request, dataset=options.dataset)
         if not self.request.dataset:
-            raise UsageError(f"evaluate.{options.type}", message="no data", hint="Set `evaluate.dataset`, or the metric's `dataset`")
+            raise UsageError(
+                f"evaluate.{options.type}", message="no data", hint="Set `evaluate.dataset`, or the metric's `dataset`"
+            )
         return self.request
 
 

@@ -53,7 +53,11 @@ def divergence(subject: Subject, options: Divergence) -> float:
     original = need_original(subject, options)
     batches = load_windows(subject.data(options))
     total, count = 0.0, 0
-    pairs = zip(readouts(original, batches, "text-generation"), readouts(subject.runner, batches, "text-generation"), strict=True)
+    pairs = zip(
+        readouts(original, batches, "text-generation"),
+        readouts(subject.runner, batches, "text-generation"),
+        strict=True,
+    )
     for theirs, ours in pairs:
         p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())

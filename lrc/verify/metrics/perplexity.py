@@ -20,8 +20,10 @@ class Perplexity(MetricOptions):
 
 @metric(Perplexity)
 def perplexity(subject: Subject, options: Perplexity) -> float:
-    """Return the perplexity per token. The file is read as one stream and cut into windows of `max_length` tokens, from the
-    start; the first token of a window is not predicted.
+    """Return the perplexity per token.
+
+    The file is read as one stream and cut into windows of `max_length` tokens, from the start; the first token of a window
+    is not predicted.
     """
     request = subject.data(options)
     arrays = is_factory(request.dataset) or request.path.suffix in (".npz", ".safetensors")
