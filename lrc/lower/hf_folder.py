@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.program import Program
+from lrc.program.checks import need_transformers
 from lrc.program.graft import graft, share
+from lrc.program.huggingface import Quiet, load_folder
 
 SKIPPED = {"config.json", "README.md", "generation_config.json", "data_config.json"}
 KEPT_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".vocab"}
@@ -40,7 +42,8 @@ def export_hf(program: Program, folder: Path, options: HfExport) -> Written:
             hint="Export `format: pt2` instead",
         )
     notes = separate_shared_maps(program, model)
-    model.save_pretrained(folder)
+    with Quiet(need_transformers()):
+        model.save_pretrained(folder)
     write_config(program, folder / "config.json")
     if program.origin.folder is not None:
         copy_sidecars(Path(program.origin.folder), folder)
@@ -131,8 +134,6 @@ def named_tensors(outputs: Any) -> dict[str, Tensor]:
 
 def load_model(folder: Path) -> nn.Module:
     """Reload a folder of ours, or any Hugging Face folder, as a transformers model in eval mode."""
-    from lrc.program.huggingface import load_folder
-
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return load_folder(folder, task=(config.get("lrc") or {}).get("task"))[0]
 

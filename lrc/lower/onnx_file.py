@@ -1,5 +1,9 @@
 """The ONNX file: torch's own exporter, dynamic sizes, external data for large weights, nothing of this machine in it."""
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +39,7 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
     path = folder / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet_exporter():
             made = torch.onnx.export(
                 program.export(), (), kwargs=dict(program.inputs.examples), dynamo=True, verbose=False,
                 opset_version=options.opset, output_names=output_names(program),
@@ -60,6 +64,22 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
         raise LowerError(FILE, message=f"onnx.checker refuses the file: {error}") from error
     notes = ["prefill only: the graph has no key-value cache"] if program.task == "text-generation" else []
     return Written(FILE, tuple(notes))
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's remarks about its own internals, and about packages that we do not use, off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def output_names(program: Program) -> list[str]:

@@ -84,7 +84,7 @@ def load_folder(
 
         register()
     try:
-        with _quiet(transformers):
+        with Quiet(transformers):
             model, found = loader.from_pretrained(
                 folder, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, local_files_only=True,
                 trust_remote_code=trust_remote_code,
@@ -109,8 +109,8 @@ def load_folder(
     return made, task
 
 
-class _quiet:  # noqa: N801 - used as a context manager
-    """Keeps transformers' own reports of a load off the terminal: what matters is checked and raised here."""
+class Quiet:
+    """Keeps transformers' own reports of a load or save off the terminal: what matters is checked and raised here."""
 
     def __init__(self, transformers: Any) -> None:
         self.logging = transformers.utils.logging

@@ -30,10 +30,11 @@ def params_kept(
     """Return a rank for every site such that all together need at most `options.params_kept` of the dense numbers.
 
     allocate "uniform": the same share for every site. "global": the least summed loss, where every site's marginal loss
-    per parameter is the same (see `global_ranks`); never a higher predicted loss than uniform. Index vectors and biases
-    are not counted. Raises UsageError when not even the smallest ranks fit.
+    per parameter is the same (see `global_ranks`); never a higher predicted loss than uniform. Biases are counted, before and
+    after; index vectors are bytes, not parameters. Raises UsageError when not even the smallest ranks fit.
     """
-    budget = int(options.params_kept * sum(curve.dense_size for curve in curves) + 1e-6)
+    biases = sum(curve.bias for curve in curves)
+    budget = int(options.params_kept * (biases + sum(curve.dense_size for curve in curves)) + 1e-6) - biases
     sites = [_Options.of(curve, round_to) for curve in curves]
     uniform = uniform_ranks(sites, options.params_kept)
     if allocate == "uniform":
@@ -136,7 +137,8 @@ def uniform_ranks(sites: Sequence[_Options], share: float) -> list[int]:
     """Return, for each site, the place of the largest choice of at most `share` of its dense size (or its smallest one)."""
     places = []
     for site in sites:
-        fits = (site.sizes <= share * site.curve.dense_size + 1e-6).nonzero()[:, 0]
+        allowed = share * (site.curve.dense_size + site.curve.bias) - site.curve.bias
+        fits = (site.sizes <= allowed + 1e-6).nonzero()[:, 0]
         places.append(int(fits[-1]) if len(fits) else 0)
     return places
 

@@ -22,8 +22,8 @@ class SiteCurve:
     """What is known of one site when ranks are chosen.
 
     losses: loss at rank 0 … k, (k + 1,), float64, non-increasing, in the solver's unit; additive: in a unit that may be
-    compared between layers. S: singular values in the solver's norm, (k,). extra: numbers that the rewritten layer has
-    beyond its product (a bias that the dense one lacks).
+    compared between layers. S: singular values in the solver's norm, (k,). bias: numbers of the dense layer's bias, which
+    stay. extra: numbers that the rewritten layer has beyond its product and that bias (a bias that the dense one lacks).
     """
 
     name: str
@@ -32,6 +32,7 @@ class SiteCurve:
     losses: Tensor
     S: Tensor
     form: Form = "auto"
+    bias: int = 0
     extra: int = 0
     additive: bool = True
 

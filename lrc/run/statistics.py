@@ -79,6 +79,7 @@ class Terms:
             losses=terms.losses(),
             S=terms.S,
             form=form,
+            bias=0 if site.bias is None else site.out_features,
             extra=site.out_features if terms.mean is not None and site.bias is None else 0,
             additive=terms.unit == LOSS_UNIT,
         )
