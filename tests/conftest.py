@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+pytest_plugins = ["tiny"]  # tiny models and data, as fixtures
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,12 @@ class Composite(LinearMap):
         """The parts, in order."""
         return tuple(getattr(self, name) for name in self.names)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parts' numbers; of what they stand for where none of them stores any."""
+        stored = (t.dtype for t in self.parameters() if t.is_floating_point())
+        return next(stored, None) or self.slots[0].dtype
+
     def cost(self, tokens: int = 1) -> Cost:
         """Return the sum over the parts."""
         return sum((slot_cost(slot, tokens) for slot in self.slots), self.bias_cost(tokens))
@@ -174,7 +180,7 @@ class Scale(Composite):
         """Return an uninitialised map."""
         made = super().restored(structure)
         assert isinstance(made, Scale)
-        made.scale = structure["scale"]
+        made.scale = float(structure["scale"])
         return made
 
     def __repr__(self) -> str:

@@ -91,48 +91,52 @@ class Diagonal(LinearMap):
 
 
 class Permutation(LinearMap):
-    """y = x[..., index], index (features,) an order of 0 … features - 1, stored in 4 bytes each."""
+    """y = x[..., index] + bias, index (features,) an order of 0 … features - 1, stored in 4 bytes each."""
 
     word: ClassVar[str] = "permutation"
     index: Tensor
 
-    def __init__(self, index: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, index: Tensor, dtype: torch.dtype = torch.float32, bias: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("index", index.to(torch.int32))
         self.out_features = self.in_features = index.shape[0]
-        self.bias = None
         self._dtype = dtype
+        self.set_bias(bias)
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., features)."""
-        return x.index_select(-1, self.index)
+        y = x.index_select(-1, self.index)
+        return y if self.bias is None else y + self.bias
 
     def exact(self) -> Affine:
-        """Return the permutation matrix in float64."""
+        """Return the permutation matrix and the bias in float64."""
         eye = torch.eye(self.in_features, dtype=torch.float64, device=self.index.device)
-        return Affine(eye[self.index.long()], None)
+        return Affine(eye[self.index.long()], exact_bias(self.bias))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the matrix that the map stands for; nothing floating is stored."""
+        """The dtype of the matrix that the map stands for; nothing floating but a bias is stored."""
         return self._dtype
 
     def cost(self, tokens: int = 1) -> Cost:
-        """Return no numbers and no FLOPs, but the bytes of the index."""
-        return Cost(0, self.index.numel() * self.index.element_size(), 0)
+        """Return no numbers and no FLOPs of its own, but the bytes of the index."""
+        return Cost(0, self.index.numel() * self.index.element_size(), 0) + self.bias_cost(tokens)
 
     def structure(self) -> Structure:
         """Return the size."""
-        return {"map": self.word, "size": self.in_features}
+        return {"map": self.word, "size": self.in_features, "bias": self.bias is not None}
 
     @classmethod
     def restored(cls, structure: Structure) -> "Permutation":
         """Return an uninitialised map."""
-        return cls(torch.empty(structure["size"], dtype=torch.int32), torch.get_default_dtype())
+        size = structure["size"]
+        bias = torch.empty(size) if structure["bias"] else None
+        return cls(torch.empty(size, dtype=torch.int32), torch.get_default_dtype(), bias)
 
     def is_identity(self) -> bool:
-        """Say whether the order is 0, 1, 2, …."""
-        return bool(torch.equal(self.index, torch.arange(self.in_features, dtype=torch.int32, device=self.index.device)))
+        """Say whether the map does nothing: the order 0, 1, 2, … and no bias."""
+        same = torch.arange(self.in_features, dtype=torch.int32, device=self.index.device)
+        return self.bias is None and bool(torch.equal(self.index, same))
 
     def __repr__(self) -> str:
         return f"Permutation[{self.in_features}]"

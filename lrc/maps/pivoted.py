@@ -27,6 +27,8 @@ class Pivoted(LinearMap):
 
     def __init__(self, P: Tensor, Z: Tensor, index: Tensor | None, side: Side = "out", bias: Tensor | None = None) -> None:
         super().__init__()
+        if side not in ("out", "in"):
+            raise ValueError(f"the side of the pivots is `out` or `in`, not {side!r}")
         self.P = as_parameter(P)
         self.Z = as_parameter(Z)
         self.side: Side = side

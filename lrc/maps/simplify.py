@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from lrc.maps.base import Affine, Cost, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
 from lrc.maps.composites import Chain, Composite, Scale, Sum
@@ -35,12 +34,9 @@ def fold(made: LinearMap) -> LinearMap:
 def simplify(made: LinearMap) -> Folded:
     """Return the smallest equal map that the rules reach. A map that no rule fits comes back as the same object."""
     notes: list[str] = []
-    if isinstance(made, Composite):
-        parts = [simplify(slot) if isinstance(slot, LinearMap) else slot for slot in made.slots]
-        if any(isinstance(part, Folded) and part.notes for part in parts):
-            made = rebuilt(made, [part.map if isinstance(part, Folded) else part for part in parts])
-            notes += [note for part in parts if isinstance(part, Folded) for note in part.notes]
     while True:
+        made, inside = simplify_parts(made)
+        notes += inside
         for rule in RULES:
             smaller = rule(made)
             if smaller is not None:
@@ -51,11 +47,20 @@ def simplify(made: LinearMap) -> Folded:
             return Folded(made, tuple(notes))
 
 
+def simplify_parts(made: LinearMap) -> Folded:
+    """Return the map over simplified parts."""
+    parts = [simplify(slot) if isinstance(slot, LinearMap) else slot for slot in getattr(made, "slots", ())]
+    notes = tuple(note for part in parts if isinstance(part, Folded) for note in part.notes)
+    if not notes or not isinstance(made, Composite):
+        return Folded(made, ())
+    return Folded(rebuilt(made, [part.map if isinstance(part, Folded) else part for part in parts]), notes)
+
+
 def rebuilt(made: Composite, parts: list[Slot]) -> LinearMap:
     """Return the same composite over other parts."""
     if isinstance(made, Scale):
-        return Scale(parts[0], made.scale, made.bias)
-    return type(made)(*parts, bias=made.bias)
+        return Scale(parts[0], made.scale, made.bias, made.names)
+    return type(made)(*parts, bias=made.bias, names=made.names)
 
 
 def flatten_nested(made: LinearMap) -> LinearMap | None:
@@ -140,10 +145,11 @@ def multiply_out(made: LinearMap) -> LinearMap | None:
             continue
         rows, columns = slot_shape(slots[i])[0], slot_shape(slots[i + 1])[1]
         before = slot_cost(slots[i], 1) + slot_cost(slots[i + 1], 1)
-        if not _no_larger(rows * columns, 2 * rows * columns, before):
+        if not _no_larger(Cost(rows * columns, 0, 2 * rows * columns), before):
             continue
-        weight, bias = _combined(made, slots[i], slots[i + 1])
-        joined: Tensor | LinearMap = weight if bias is None else Dense(weight, bias)
+        joined = Dense(*_combined(made, slots[i], slots[i + 1]))
+        if not _no_larger(joined.cost(1), before):  # an inner bias has become one of more numbers
+            continue
         return type(made)(*slots[:i], joined, *slots[i + 2 :], bias=made.bias)
     return None
 
@@ -152,8 +158,8 @@ def _foldable(slot: Slot) -> bool:
     return not isinstance(slot, LinearMap) or isinstance(slot, Dense | Diagonal | Permutation | Chain)
 
 
-def _no_larger(parameters: int, flops: int, before: Cost) -> bool:
-    return parameters <= before.parameters and flops <= before.flops
+def _no_larger(after: Cost, before: Cost) -> bool:
+    return after.parameters <= before.parameters and after.flops <= before.flops
 
 
 def _combined(made: LinearMap, left: Slot, right: Slot) -> Affine:

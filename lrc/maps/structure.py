@@ -24,12 +24,15 @@ def restore(structure: Mapping[str, Any]) -> LinearMap:
         if issubclass(kind, Composite):
             data["parts"] = [_part(part) for part in data["parts"]]
         return kind.restored(data)
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"not the structure of a map: {structure!r}") from error
 
 
 def _part(part: Any) -> Any:
-    return torch.empty(part[0], part[1]) if isinstance(part, list) else restore(part)
+    if not isinstance(part, list):
+        return restore(part)
+    rows, columns = part
+    return torch.empty(rows, columns)
 
 
 def chain_structure(out_features: int, rank: int, in_features: int, *, bias: bool) -> Structure:

@@ -1,15 +1,19 @@
 """From a module, an exported program or an FX graph to a `Program`."""
 
 import re
+import sysconfig
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]  # it has no annotations; torch depends on it
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from lrc.errors import CaptureError
 from lrc.program.archive import check_archive
@@ -47,7 +51,9 @@ def capture_module(
         for module, mode in training.items():
             module.training = mode
     origin = origin or Origin(name=type(model).__name__)
-    return capture_exported(exported, origin=replace(origin, model=model), inputs=spec)
+    program = capture_exported(exported, origin=replace(origin, model=model), inputs=spec)
+    program.calling = replace(program.calling, positional=tuple(signature(model.forward).parameters))
+    return program
 
 
 def _export(model: nn.Module, spec: Inputs, extra: Mapping[str, Any]) -> tuple[torch.export.ExportedProgram, Inputs]:
@@ -86,16 +92,16 @@ def capture_exported(
     names = Names.of(stored)
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    outputs = output_names(exported.call_spec.out_spec)
-    _flatten(graph, outputs)
+    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+    positional, keyword = argument_names(in_spec, [node.name for node in graph.find_nodes(op="placeholder")])
+    calling = Calling(positional, keyword, out_spec, _flatten(graph, output_names(out_spec)))
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in names.canonical:
             node.target = names.canonical[node.target]
     made = fx.GraphModule(module, graph)
     found = inputs or _inputs_of(exported, graph)
-    placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
+    placeholders = [node.name for node in graph.find_nodes(op="placeholder")]
     found = replace(found, examples={name: found.examples[name] for name in placeholders})
-    calling = Calling(exported.call_spec.in_spec, exported.call_spec.out_spec)
     return Program(made, found, names, calling, origin or Origin(name="exported program"))
 
 
@@ -134,27 +140,44 @@ def by_name(model: nn.Module, inputs: Given) -> tuple[dict[str, Tensor], dict[st
         for name, value in bound.arguments.items():
             named |= value if isinstance(value, dict) else {name: value}
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in named.items() if not isinstance(value, Tensor)}
+    for name, value in others.items():
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            raise CaptureError(
+                type(model).__name__,
+                expected="inputs that are tensors",
+                got=f"`{name}`, a {type(value).__name__} of them",
+                hint="Capture a module whose `forward` takes each one by name",
+            )
     if not tensors:
         raise CaptureError(type(model).__name__, expected="example inputs", got="no tensor", hint="Give `inputs=`")
-    return tensors, {name: value for name, value in named.items() if not isinstance(value, Tensor)}
+    return tensors, others
 
 
-def _flatten(graph: fx.Graph, outputs: Sequence[str]) -> None:
-    """Give the graph plain tensor inputs and a mapping of named tensors as output."""
+def argument_names(spec: pytree.TreeSpec, leaves: Sequence[str]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Return the names of the leaves that arguments by position stand for, and those of every argument by name."""
+    args, kwargs = spec.children()
+    rest = iter(leaves[args.num_leaves :])
+    keyword = {name: tuple(islice(rest, tree.num_leaves)) for name, tree in zip(kwargs.context, kwargs.children(), strict=True)}
+    return tuple(leaves[: args.num_leaves]), keyword
+
+
+def _flatten(graph: fx.Graph, outputs: Sequence[str]) -> dict[int, Any]:
+    """Give the graph plain tensor inputs and a mapping of named tensors as output. Returns the other outputs, by place."""
+    fixed: dict[int, Any] = {}
     for node in list(graph.nodes):
         if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
             if node.users:
                 raise CaptureError(node.name, expected="tensor inputs", got=type(node.meta.get("val")).__name__)
             graph.erase_node(node)
         elif node.op == "output":
-            returned = _leaves(node.args[0])
+            returned = pytree.tree_leaves(node.args[0])
+            fixed = {i: value for i, value in enumerate(returned) if not _is_tensor(value)}
             node.args = ({name: value for name, value in zip(outputs, returned, strict=True) if _is_tensor(value)},)
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, tuple | list):
-        return [leaf for part in value for leaf in _leaves(part)]
-    return [value]
+    computed = [outputs[i] for i, value in fixed.items() if isinstance(value, fx.Node)]
+    if computed:
+        raise CaptureError(computed[0], expected="outputs that are tensors", got="a size", hint="Return it as a tensor")
+    return fixed
 
 
 def _is_tensor(value: Any) -> bool:
@@ -164,6 +187,7 @@ def _is_tensor(value: Any) -> bool:
 def _inputs_of(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Inputs:
     """Read examples and dynamic sizes off an exported program whose maker we do not know."""
     symbols: dict[str, str] = {}
+    largest: dict[str, int] = {}
     dynamic: dict[str, dict[int, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for node in graph.nodes:
@@ -177,13 +201,16 @@ def _inputs_of(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Input
                 if dim == 1 and symbol not in symbols and "sequence" not in symbols.values():
                     known = "sequence"
                 name = symbols.setdefault(symbol, known)
+                bounds = exported.range_constraints.get(size.node.expr)
+                if bounds is not None and str(bounds.upper).isdigit():  # infinity is not
+                    largest[name] = int(bounds.upper)
                 dynamic.setdefault(node.name, {})[dim] = name
                 sizes.append(int(size.node.hint) if size.node.hint is not None else 2 + list(symbols).index(symbol))
             else:
                 sizes.append(int(size))
         shapes[node.name] = tuple(sizes)
     examples: dict[str, Tensor] = {}
-    given = [t for t in torch.utils._pytree.tree_leaves(exported.example_inputs) if isinstance(t, Tensor)]
+    given = [t for t in pytree.tree_leaves(exported.example_inputs) if isinstance(t, Tensor)]
     for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
         value = node.meta["val"]
         if i < len(given) and given[i].shape == shapes[node.name]:
@@ -193,15 +220,20 @@ def _inputs_of(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Input
             examples[node.name] = torch.randn(shapes[node.name], generator=generator, dtype=torch.float32).to(value.dtype)
         else:
             examples[node.name] = torch.ones(shapes[node.name], dtype=value.dtype)
-    return Inputs(examples, dynamic)
+    return Inputs(examples, dynamic, largest)
 
 
 def refused(error: BaseException, name: str) -> CaptureError:
     """Return the error of a capture that torch.export refused, with the line of the model's code where it stopped."""
     frames = traceback.extract_tb(error.__traceback__)
-    root = str(Path(torch.__file__).parent)
-    ours = str(Path(__file__).parent)
-    outside = [f for f in frames if not f.filename.startswith((root, ours, "<")) and f.name != "forward_no_grad"]
+    skipped = (str(Path(torch.__file__).parent), str(Path(sympy.__file__).parent), str(Path(__file__).parent), "<")
+    library = sysconfig.get_path("stdlib")
+    outside = [
+        f for f in frames
+        if not f.filename.startswith(skipped)
+        and ("site-packages" in f.filename or not f.filename.startswith(library))
+        and f.name != "forward_no_grad"
+    ]  # fmt: skip
     place = ""
     if outside:
         last = outside[-1]

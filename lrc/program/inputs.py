@@ -1,7 +1,7 @@
 """What a program takes and gives, by name: example tensors and the dimensions that may change."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -70,13 +70,28 @@ def leading_batch(examples: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
 
 def output_names(spec: pytree.TreeSpec) -> list[str]:
     """Return a name for every leaf of a module's output: its key, `output`, or `output_<i>`; nested names are joined."""
+    found: dict[int, str] = {}
 
-    def walk(value: Any, name: str) -> list[str]:
-        if isinstance(value, Mapping):
-            return [leaf for key, part in value.items() for leaf in walk(part, f"{name}.{key}" if name else str(key))]
-        if isinstance(value, tuple | list):
-            keys = getattr(value, "_fields", [f"{name or 'output'}_{i}" for i in range(len(value))])
-            return [leaf for key, part in zip(keys, value, strict=True) for leaf in walk(part, str(key))]
-        return [name or "output"]
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, int):  # a leaf is its place
+            found[value] = name or "output"
+        elif value is not None:
+            for key, part in _members(value, name):
+                walk(part, key)
 
-    return walk(pytree.tree_unflatten(list(range(spec.num_leaves)), spec), "")
+    walk(pytree.tree_unflatten(list(range(spec.num_leaves)), spec), "")
+    return [found[i] for i in range(spec.num_leaves)]
+
+
+def _members(value: Any, name: str) -> list[tuple[str, Any]]:
+    """Return the parts of a mapping, a dataclass, a tuple or another tree, with their names."""
+    if isinstance(value, Mapping):
+        named = dict(value)
+    elif is_dataclass(value):
+        named = {part.name: getattr(value, part.name) for part in fields(value)}
+    elif hasattr(value, "_fields"):
+        named = dict(zip(value._fields, value, strict=True))
+    else:
+        parts = value if isinstance(value, tuple | list) else pytree.tree_leaves(value)
+        return [(f"{name or 'output'}_{i}", part) for i, part in enumerate(parts)]
+    return [(f"{name}.{key}" if name else str(key), part) for key, part in named.items()]

@@ -1,6 +1,6 @@
 """Recognising the linears of an ATen graph, before and after decomposition, by what the nodes compute."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,8 @@ def match(node: fx.Node, tensors: Mapping[str, Tensor]) -> Linear | None:
     elif node.target in (aten.mm.default, aten.matmul.default):
         x, weight = args
         stored_transposed = True
+    elif node.target == aten.bmm.default:
+        return _batched(node, tensors)
     else:
         return None
     source = _stored(weight)
@@ -62,6 +64,56 @@ def match(node: fx.Node, tensors: Mapping[str, Tensor]) -> Linear | None:
     transposed = stored_transposed != bool(flips % 2)
     reads, gives = _without_views(x, node)
     return Linear(gives, reads, name, bias_name[0] if bias_name else None, transposed)
+
+
+def _batched(node: fx.Node, tensors: Mapping[str, Tensor]) -> Linear | None:
+    """Match a product that was spread over a batch, as decompositions do where the input's memory is not in order:
+
+    `bmm(view(expand(x)), view(expand(weight.T)))`, a view back to the leading sizes of x, and the addition of the bias.
+    """
+    x, weight = node.args
+    source = _stored(_before_views(weight, 2)[-1])
+    if source is None or tensors[source[0]].ndim != 2:
+        return None
+    gives = node
+    after = _only_user(node)
+    if after is not None and after.target in VIEWS:
+        gives = after
+    leading = _leading(gives)
+    reads = [read for read in _before_views(x, 1) if leading is not None and _leading(read) == leading]
+    if not reads or _stored(reads[-1]) is not None:
+        return None
+    bias = None
+    after = _only_user(gives)
+    if after is not None and after.target == aten.add.Tensor and after.args[0] is gives and not after.kwargs:
+        added = _stored(after.args[1])
+        if added is not None and tensors[added[0]].shape == (tensors[source[0]].shape[1 - source[1] % 2],):
+            bias, gives = added[0], after
+    return Linear(gives, reads[-1], source[0], bias, not source[1] % 2)
+
+
+def _before_views(node: Any, kept: int) -> list[Any]:
+    """Return a node and what it is a view or an expansion of, back to where its last `kept` sizes change."""
+    found = [node]
+    while isinstance(node, fx.Node) and node.target in VIEWS | {aten.expand.default}:
+        before: Any = node.args[0]
+        old, new = before.meta.get("val"), node.meta.get("val")
+        if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+            break
+        if [_size(s) for s in old.shape[-kept:]] != [_size(s) for s in new.shape[-kept:]]:
+            break
+        found.append(before)
+        node = before
+    return found
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _leading(node: Any) -> list[Any] | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return [_size(size) for size in value.shape[:-1]] if isinstance(value, Tensor) else None
 
 
 def _stored(node: Any) -> tuple[str, int] | None:
@@ -97,21 +149,30 @@ def _size(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def consumers(graph: fx.Graph, linears: list[Linear], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+def consumers(graph: fx.Graph, linears: Sequence[Linear], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Return, for every stored matrix, the other operations that read it, by their plain names."""
-    taken = {id(linear.node) for linear in linears}
-    ours = {name for linear in linears for name in (linear.weight,)}
+    ours = inside(linears)
     found: dict[str, list[str]] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or id(node) in taken or node.target in FLIPS | PASSES:
+        if node.op != "call_function" or node in ours or node.target in FLIPS | PASSES:
             continue
         for read in node.all_input_nodes:
             source = _stored(read)
-            if source is None or tensors[source[0]].ndim < 2:
-                continue
-            if source[0] in ours and match(node, tensors) is not None:
-                continue
-            found.setdefault(source[0], []).append(plain_name(node.target))
+            if source is not None and tensors[source[0]].ndim >= 2:
+                found.setdefault(source[0], []).append(plain_name(node.target))
+    return found
+
+
+def inside(linears: Iterable[Linear]) -> set[fx.Node]:
+    """Return the nodes that linears are made of, from what they read (excluded) to what they give."""
+    found: set[fx.Node] = set()
+    for linear in linears:
+        waiting = [linear.node]
+        while waiting:
+            node = waiting.pop()
+            if node not in found and node is not linear.reads:
+                found.add(node)
+                waiting += node.all_input_nodes
     return found
 
 

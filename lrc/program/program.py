@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lrc.errors import SiteError
+from lrc.errors import SiteError, UsageError
 from lrc.maps import LinearMap
+from lrc.program.edits import put, raise_uses
 from lrc.program.inputs import Inputs
 from lrc.program.linears import consumers, find_linears
 from lrc.program.sites import Names, Site, find_sites
@@ -20,10 +21,17 @@ from lrc.program.sites import Names, Site, find_sites
 
 @dataclass(frozen=True)
 class Calling:
-    """How the captured module was called: the trees of its arguments and of what it returned."""
+    """How the captured module is called, and what it returns.
 
-    in_spec: pytree.TreeSpec | None = None
+    positional: the names of the inputs that positional arguments stand for, in order. keyword: those that an argument by
+    name stands for, where it is no single tensor. out_spec: the tree of the outputs; fixed: its leaves that are no tensors,
+    by place.
+    """
+
+    positional: tuple[str, ...] = ()
+    keyword: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     out_spec: pytree.TreeSpec | None = None
+    fixed: Mapping[int, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,12 @@ class Program:
     maps: dict[str, LinearMap] = field(default_factory=dict)
     made_by: dict[str, str] = field(default_factory=dict)
     originals: Mapping[str, Tensor] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.originals:
             self.originals = stored_tensors(self.graph_module)
-        self.sites: dict[str, Site] = find_sites(self, self.graph_module.graph, self.originals, self.names)
+            self.sites = find_sites(self, self.graph_module.graph, self.originals, self.names)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Run the graph on the inputs, by name or as the captured module takes them; return tensors by name."""
@@ -68,11 +77,15 @@ class Program:
         return result
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return arguments by the names of the graph's inputs."""
-        if not args and all(value is None or isinstance(value, Tensor) for value in kwargs.values()):
-            return dict(kwargs)
-        flat = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-        return dict(zip(self.inputs.examples, flat, strict=False))
+        """Return arguments by the names of the graph's inputs. Raises UsageError for more than the module takes."""
+        positional = self.calling.positional or tuple(self.inputs.examples)
+        flat = pytree.tree_leaves(args)
+        if len(flat) > len(positional):
+            raise UsageError("inputs", expected=f"at most {len(positional)} by position", got=str(len(flat)))
+        named = dict(zip(positional, flat, strict=False))
+        for name, value in kwargs.items():
+            named |= zip(self.calling.keyword.get(name, (name,)), pytree.tree_leaves(value), strict=False)
+        return named
 
     @property
     def task(self) -> str | None:
@@ -109,10 +122,14 @@ class Program:
         if (made.out_features, made.in_features) != site.shape:
             raise SiteError(fqn, expected=f"a map of shape {site.shape}", got=repr(made))
         if fqn not in self.maps:
-            self._raise(site)
+            taken = {use.module for raised in self.maps for use in self.site(raised).uses}
+            raise_uses(self.graph_module, site.uses, taken, self.names.ties)
+            self.__dict__.pop("nodes", None)
         self.maps[fqn], self.made_by[fqn] = made, by
-        for module, use_map in self.placed(fqn).items():
-            _put(self.graph_module, module, use_map)
+        first = site.uses[0].bias
+        for use in site.uses:
+            own = made if use.bias == first else made.with_bias(self._own_bias(made, first, use.bias))
+            put(self.graph_module, use.module, own)
         if settle:
             self.settle()
 
@@ -122,12 +139,8 @@ class Program:
         self.graph_module.recompile()
 
     def placed(self, fqn: str) -> dict[str, LinearMap]:
-        """Return what stands at each module name of a site: one map, with the own bias of each use."""
-        site, made = self.site(fqn), self.maps[fqn]
-        first = site.uses[0].bias
-        placed: dict[str, LinearMap] = {}
-        for use in site.uses:
-            placed[use.module] = made if use.bias == first else made.with_bias(self._own_bias(made, first, use.bias))
+        """Return what stands at each module name of a raised site: one map, with the own bias of each use."""
+        placed: dict[str, Any] = {use.module: self.graph_module.get_submodule(use.module) for use in self.site(fqn).uses}
         return placed
 
     def _own_bias(self, made: LinearMap, first: str | None, own: str | None) -> nn.Parameter | None:
@@ -139,22 +152,10 @@ class Program:
         total = sum(parts[1:], parts[0])
         return nn.Parameter(total.to(made.dtype)) if isinstance(total, Tensor) else None
 
-    def _raise(self, site: Site) -> None:
-        graph, nodes = self.graph_module.graph, self.nodes
-        for use in site.uses:
-            old = nodes[use.node]
-            with graph.inserting_before(old):
-                new = graph.call_module(use.module, (nodes[use.input],))
-            new.meta = dict(old.meta)
-            old.replace_all_uses_with(new)
-            _erase_unused(graph, old)
-            new.name = use.node
-        del self.nodes
-
     def unsupported(self) -> list[str]:
         """Return the operations that read stored matrices of two or more dimensions and are no linears, by plain names."""
         graph = self.graph_module.graph
-        named = stored_tensors(self.graph_module)
+        named = dict(_named(self.graph_module, remove_duplicate=False))
         found = consumers(graph, find_linears(graph, named), named)
         return sorted({name for names in found.values() for name in names})
 
@@ -223,8 +224,12 @@ class Callable_(nn.Module):  # noqa: N801 - not for users; its class name shows 
         """Run the program; the result has the type that the captured module returned."""
         program = self._program[0]
         outputs = program(*args, **kwargs)
-        spec = program.calling.out_spec
-        return outputs if spec is None else pytree.tree_unflatten(list(outputs.values()), spec)
+        spec, fixed = program.calling.out_spec, program.calling.fixed
+        if spec is None:
+            return outputs
+        tensors = iter(outputs.values())
+        leaves = [fixed[i] if i in fixed else next(tensors) for i in range(spec.num_leaves)]
+        return pytree.tree_unflatten(leaves, spec)
 
 
 def stored_tensors(graph_module: fx.GraphModule) -> dict[str, Tensor]:
@@ -232,25 +237,6 @@ def stored_tensors(graph_module: fx.GraphModule) -> dict[str, Tensor]:
     return dict(_named(graph_module))
 
 
-def _named(graph_module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
-    yield from graph_module.named_parameters()
-    yield from graph_module.named_buffers()
-
-
-def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nothing uses, and then every input of it that nothing else uses."""
-    if node.users or node.op == "placeholder":
-        return
-    reads = node.all_input_nodes
-    graph.erase_node(node)
-    for read in reads:
-        _erase_unused(graph, read)
-
-
-def _put(root: nn.Module, fqn: str, made: LinearMap) -> None:
-    """Set a submodule, in place of the module or parameter of that name."""
-    parent_name, _, name = fqn.rpartition(".")
-    parent = root.get_submodule(parent_name) if parent_name else root
-    if name in parent._parameters or name in parent._buffers:
-        delattr(parent, name)
-    setattr(parent, name, made)
+def _named(graph_module: fx.GraphModule, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
+    yield from graph_module.named_parameters(remove_duplicate=remove_duplicate)
+    yield from graph_module.named_buffers(remove_duplicate=remove_duplicate)

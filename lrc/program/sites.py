@@ -1,6 +1,6 @@
 """Sites: the weights of a program at their places, found by storage and shape, never by a table of model names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from lrc.maps import Dense, LinearMap
-from lrc.program.linears import Linear, consumers, find_linears
+from lrc.program.linears import Linear, consumers, find_linears, inside
 
 if TYPE_CHECKING:
     from lrc.program.program import Program
@@ -91,19 +91,26 @@ class Names:
         for name, tensor in tensors.items():
             place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
             groups.setdefault((name,) if tensor.numel() == 0 else place, []).append(name)
-        canonical = {name: names[0] for names in groups.values() for name in names}
-        return cls(canonical, {names[0]: tuple(names) for names in groups.values()})
+        first = {name: names[0] for names in groups.values() for name in names}
+        return cls({name: first[name] for name in tensors}, {names[0]: tuple(names) for names in groups.values()})
+
+    def ties(self, name: str) -> tuple[str, ...]:
+        """Return every name of the tensor that has this one; none for a tensor that the model does not know."""
+        return self.aliases.get(self.canonical.get(name, name), ())
 
 
 def find_sites(program: "Program", graph: fx.Graph, tensors: Mapping[str, Tensor], names: Names) -> dict[str, Site]:
     """Return the linear sites of a graph, by name, in model order."""
     linears = find_linears(graph, tensors)
     others = consumers(graph, linears, tensors)
+    busy = _modules_that_do_more(graph, linears)
     grouped: dict[str, list[Linear]] = {}
     for linear in linears:
         grouped.setdefault(linear.weight, []).append(linear)
     order = {name: i for i, name in enumerate(names.canonical)}
-    sites = [_site(program, weight, group, names, tensors, order, others.get(weight, [])) for weight, group in grouped.items()]
+    sites = []
+    for weight, group in grouped.items():
+        sites.append(_site(program, weight, group, names, tensors, order, others.get(weight, []), busy))
     sites.sort(key=lambda site: order.get(f"{site.fqn}.weight", order[site.weight_name]))
     return {site.fqn: site for site in sites}
 
@@ -116,11 +123,16 @@ def _site(
     tensors: Mapping[str, Tensor],
     order: Mapping[str, int],
     others: Sequence[str],
+    busy: Set[str],
 ) -> Site:
     aliases = names.aliases[names.canonical[weight]]
-    placed = [(_owner(linear, aliases), linear) for linear in linears]
+    placed = [(_owner(linear, aliases, busy), linear) for linear in linears]
     placed.sort(key=lambda item: order.get(f"{item[0][0]}.weight", order[weight]))  # stable: graph order within one
-    uses = tuple(Use(owner[0], linear.node.name, linear.reads.name, linear.bias) for owner, linear in placed)
+    modules = _told_apart([(owner[0], linear.bias) for owner, linear in placed])
+    uses = tuple(
+        Use(module, linear.node.name, linear.reads.name, linear.bias)
+        for module, (_, linear) in zip(modules, placed, strict=True)
+    )
     transposed = linears[0].transposed
     rows, columns = tensors[weight].shape
     return Site(
@@ -133,22 +145,44 @@ def _site(
         type_name=placed[0][0][1],
         uses=uses,
         tied=tuple(sorted(set(others))),
-        has_module=placed[0][0][2],
+        has_module=all(owner[2] for owner, _ in placed),
     )
 
 
-def _owner(linear: Linear, aliases: Sequence[str]) -> tuple[str, str, bool]:
-    """Return the module that a use belongs to, its class, and whether the weight is the module's own `weight`.
+def _told_apart(places: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Return a name for every (module, bias): the module's, numbered where uses of one name add different biases."""
+    named: dict[tuple[str, str | None], str] = {}
+    for module, bias in places:
+        count = sum(known == module for known, _ in named)
+        named.setdefault((module, bias), f"{module}_{count}" if count else module)
+    return [named[place] for place in places]
 
-    The last entry of `nn_module_stack` is the module that was running; where it does not own the weight (a functional call
-    on a parameter), the parameter's own name is the place.
+
+def _owner(linear: Linear, aliases: Sequence[str], busy: Set[str]) -> tuple[str, str, bool]:
+    """Return the module that a use belongs to, its class, and whether calling that module is the use and nothing else.
+
+    Where the module that was running does not own the weight (a functional call on a parameter), or does more than this
+    product, the weight's own place is the name.
     """
-    stack = list((linear.node.meta.get("nn_module_stack") or {}).values())
-    running, kind = stack[-1] if stack else ("", "")
-    running = running.removeprefix("L['self'].").strip(".")
-    if f"{running}.weight" in aliases:
-        return running, str(kind).rsplit(".", 1)[-1], True
+    running, kind = _running(linear.node)
+    own = f"{running}.weight"
+    if own in aliases:
+        return (own, "Parameter", False) if running in busy else (running, kind, True)
     alias = aliases[0]
     if alias.endswith(".weight"):
-        return alias.removesuffix(".weight"), "Linear", True
+        return alias.removesuffix(".weight"), "Linear", not running
     return alias, "Parameter", False
+
+
+def _running(node: fx.Node) -> tuple[str, str]:
+    """Return the name and class of the module whose `forward` made a node: the last entry of `nn_module_stack`."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    name, kind = stack[-1] if stack else ("", "")
+    return str(name).removeprefix("L['self'].").strip("."), str(kind).rsplit(".", 1)[-1]
+
+
+def _modules_that_do_more(graph: fx.Graph, linears: Sequence[Linear]) -> set[str]:
+    """Return the names of modules that compute anything beside linears."""
+    ours = inside(linears)
+    values = (node for node in graph.nodes if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor))
+    return {_running(node)[0] for node in values if node not in ours}

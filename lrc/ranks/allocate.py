@@ -29,27 +29,26 @@ def params_kept(
 ) -> dict[str, Choice]:
     """Return a rank for every site such that all together need at most `options.params_kept` of the dense numbers.
 
-    allocate "uniform": the same share for every site. "global": the least summed loss, where every site's marginal loss
-    per parameter is the same (see `global_ranks`); never a higher predicted loss than uniform. Biases are counted, before and
-    after; index vectors are bytes, not parameters. Raises UsageError when not even the smallest ranks fit.
+    allocate "uniform": the same share for every site (see `uniform_ranks`). "global": the least summed loss, where every
+    site's marginal loss per parameter is the same (see `global_ranks`); never a higher predicted loss than uniform. Biases
+    are counted, before and after; index vectors are bytes, not parameters. Raises UsageError when not even the smallest
+    ranks fit.
     """
     biases = sum(curve.bias for curve in curves)
-    budget = int(options.params_kept * (biases + sum(curve.dense_size for curve in curves)) + 1e-6) - biases
+    dense = biases + sum(curve.dense_size for curve in curves)
+    budget = int(options.params_kept * dense + 1e-6) - biases
     sites = [_Options.of(curve, round_to) for curve in curves]
-    uniform = uniform_ranks(sites, options.params_kept)
+    least = _size(sites, [0] * len(sites))
+    if least > budget:
+        share = math.ceil(1e4 * (least + biases) / dense) / 1e4
+        raise UsageError(
+            "rank.params_kept", expected=f"at least {share:g} (the smallest ranks everywhere)", got=f"{options.params_kept:g}"
+        )
+    uniform = uniform_ranks(sites, options.params_kept, budget)
     if allocate == "uniform":
         return _choices(sites, uniform)
     chosen = global_ranks(sites, budget)
-    if chosen is None:
-        least = sum(int(site.sizes[0]) for site in sites) / max(1, sum(c.dense_size for c in curves))
-        raise UsageError(
-            "rank.params_kept",
-            expected=f"at least {least:.2g} (rank {round_to} everywhere)",
-            got=f"{options.params_kept:g}",
-        )
-    fits = sum(int(site.sizes[i]) for site, i in zip(sites, uniform, strict=True)) <= budget
-    better = fits and _total(sites, uniform) < _total(sites, chosen)
-    return _choices(sites, uniform if better else chosen)
+    return _choices(sites, uniform if _total(sites, uniform) < _total(sites, chosen) else chosen)
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,7 @@ class _Options:
     @classmethod
     def of(cls, curve: SiteCurve, round_to: int) -> "_Options":
         top = min(len(curve.losses) - 1, curve.full_rank)
-        ranks = torch.arange(round_to, top + 1, round_to)
-        if not len(ranks):
-            ranks = torch.tensor([top])
+        ranks = torch.arange(0, top + 1, round_to)[1:]
         sizes = curve.sizes(ranks)
         ranks, sizes = ranks[sizes < curve.dense_size], sizes[sizes < curve.dense_size]
         dense = torch.tensor([curve.dense_size])
@@ -77,24 +74,28 @@ class _Options:
         """Return the place of the least loss + price * size; of equal ones the smallest."""
         return int((self.losses + price * self.sizes).argmin())
 
+    def within(self, share: float) -> int:
+        """Return the place of the largest choice of at most `share` of the dense numbers, or of the smallest one."""
+        allowed = share * (self.curve.dense_size + self.curve.bias) - self.curve.bias
+        fits = (self.sizes <= allowed + 1e-6).nonzero()[:, 0]
+        return int(fits[-1]) if len(fits) else 0
 
-def global_ranks(sites: Sequence[_Options], budget: int) -> list[int] | None:
-    """Return the place of each site's choice with the least summed loss within the budget, or None if nothing fits.
+
+def global_ranks(sites: Sequence[_Options], budget: int) -> list[int]:
+    """Return the place of each site's choice with the least summed loss within the budget, which the smallest ones fit.
 
     Every site minimises loss + price * size for one price of a parameter, so that marginal losses per parameter are equal;
     the price is found by halving its logarithm. What is left of the budget goes, step by step, where it saves most loss per
     parameter. Unlike plain greedy growth this sees through sizes that grow slower and slower (pivoted) and the step back
     to dense. Source: Everett (1963), doi:10.1287/opre.11.3.399 (generalised Lagrange multipliers).
     """
-    if sum(float(site.sizes[0]) for site in sites) > budget:
-        return None
     steepest = max((float(site.losses.max()) for site in sites), default=0.0)
     low, high = math.log(max(steepest, 1e-300)) - 80.0, math.log(max(steepest, 1e-300)) + 10.0
     chosen = [0] * len(sites)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         tried = [site.best(math.exp(middle)) for site in sites]
-        if sum(float(site.sizes[i]) for site, i in zip(sites, tried, strict=True)) <= budget:
+        if _size(sites, tried) <= budget:
             chosen, high = tried, middle
         else:
             low = middle
@@ -103,7 +104,7 @@ def global_ranks(sites: Sequence[_Options], budget: int) -> list[int] | None:
 
 def _fill(sites: Sequence[_Options], chosen: list[int], budget: int) -> list[int]:
     """Spend the rest of the budget: the step with the most saved loss per parameter first."""
-    left = budget - sum(float(site.sizes[i]) for site, i in zip(sites, chosen, strict=True))
+    left = budget - _size(sites, chosen)
     chosen = list(chosen)
 
     def step(k: int) -> tuple[float, int, int] | None:
@@ -133,14 +134,27 @@ def _fill(sites: Sequence[_Options], chosen: list[int], budget: int) -> list[int
     return chosen
 
 
-def uniform_ranks(sites: Sequence[_Options], share: float) -> list[int]:
-    """Return, for each site, the place of the largest choice of at most `share` of its dense size (or its smallest one)."""
-    places = []
-    for site in sites:
-        allowed = share * (site.curve.dense_size + site.curve.bias) - site.curve.bias
-        fits = (site.sizes <= allowed + 1e-6).nonzero()[:, 0]
-        places.append(int(fits[-1]) if len(fits) else 0)
-    return places
+def uniform_ranks(sites: Sequence[_Options], share: float, budget: int) -> list[int]:
+    """Return, for each site, the place of the largest choice of at most `share` of its numbers, bias included.
+
+    A site that has none so small gets its smallest one; the others make up for it with a smaller share, found by halving.
+    """
+    chosen, low, high = [site.within(share) for site in sites], 0.0, share
+    if _size(sites, chosen) <= budget:
+        return chosen
+    chosen = [0] * len(sites)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        tried = [site.within(middle) for site in sites]
+        if _size(sites, tried) <= budget:
+            chosen, low = tried, middle
+        else:
+            high = middle
+    return chosen
+
+
+def _size(sites: Sequence[_Options], places: Sequence[int]) -> float:
+    return sum(float(site.sizes[i]) for site, i in zip(sites, places, strict=True))
 
 
 def _total(sites: Sequence[_Options], places: Sequence[int]) -> float:
@@ -152,6 +166,8 @@ def _choices(sites: Sequence[_Options], places: Sequence[int]) -> dict[str, Choi
     for site, place in zip(sites, places, strict=True):
         if place < len(site.ranks):
             made[site.curve.name] = Choice(int(site.ranks[place]))
+        elif not len(site.ranks):
+            made[site.curve.name] = Choice(None, "no rank makes it smaller")
         else:
             made[site.curve.name] = Choice(
                 None, "the budget leaves it dense: its parameters are worth more here than elsewhere"

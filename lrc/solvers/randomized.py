@@ -175,8 +175,171 @@ def excess(W: Tensor, found: Found, generator: torch.Generator) -> float:
     starts = torch.cat([_normal(PROBES, rank, W, generator) @ found.images @ W, _normal(PROBES, columns, W, generator)])
     T, last, norms = _lanczos(W, found.A, starts)
     nodes, vectors = torch.linalg.eigh(T)
-    floor = torch.finfo(W.dtype).eps * float(found.energies[0])
-    top = 1.001 * float((nodes + (last[:, None] * vectors[:, -1]).abs()).max()) + floor
-    pole = torch.linalg.solve(T - top * torch.eye(STEPS, dtype=T.dtype, device=T.device), vectors.new_ones(1))
-    del pole
-    return top
+    rounding = torch.finfo(W.dtype).eps * float(found.energies[0])
+    norm = 1.001 * float((nodes + (last[:, None] * vectors[:, -1]).abs()).max()) + rounding
+    nodes, weights = _radau(T[:PROBES], last[:PROBES], norm)
+    t = norm * (1 + torch.logspace(-3, 3, 121, dtype=T.dtype, device=T.device))
+    traces = norms[:PROBES, None].square() * (weights[:, :, None] / (t - nodes[:, :, None])).sum(1)
+    error = traces.std(0) / math.sqrt(PROBES)
+    missed = (t[:, None] - found.energies).clamp(min=0).sum(1) + traces.mean(0) + 3 * error
+    least = found.remainder - float(missed.min()) - found.rounding
+    return math.sqrt(found.remainder / least) - 1 if least > 0 else math.inf
+
+
+def _lanczos(W: Tensor, A: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what STEPS of Lanczos make of C (see `excess`) from each row of `starts`, projected: T, last β, norms.
+
+    T: (starts, STEPS, STEPS) tridiagonal, last: (starts,), the coefficient that would come next, norms: (starts,) of the
+    projected starts; float64.
+    """
+    tiny = torch.finfo(W.dtype).tiny
+    T = torch.zeros(len(starts), STEPS, STEPS, dtype=torch.float64, device=W.device)
+    X = _project(starts, A)
+    norms = beta = X.norm(dim=1)
+    previous = torch.zeros_like(X)
+    for j in range(STEPS):
+        X = X / beta.clamp(min=tiny)[:, None]
+        Y = _project(X @ W.T @ W, A)
+        if j:
+            T[:, j, j - 1] = T[:, j - 1, j] = beta.double()
+            Y -= beta[:, None] * previous
+        alpha = (X * Y).sum(1)
+        T[:, j, j] = alpha.double()
+        previous, X = X, Y - alpha[:, None] * X
+        beta = X.norm(dim=1)
+    return T, beta.double(), norms.double()
+
+
+def _radau(T: Tensor, last: Tensor, end: float) -> tuple[Tensor, Tensor]:
+    """Return nodes and weights of the Gauss-Radau rule of each T with a node at `end`, which lies above all eigenvalues."""
+    count, size, _ = T.shape
+    unit = torch.eye(size, dtype=T.dtype, device=T.device)
+    tail = torch.linalg.solve(T - end * unit, unit[:, -1].expand(count, size))[:, -1]
+    extended = torch.nn.functional.pad(T, (0, 1, 0, 1))
+    extended[:, -1, -2] = extended[:, -2, -1] = last
+    extended[:, -1, -1] = end + last.square() * tail
+    nodes, vectors = torch.linalg.eigh(extended)
+    return nodes, vectors[:, 0].square()
+
+
+def _project(X: Tensor, A: Tensor) -> Tensor:
+    """Return the rows of X without their parts in the span of A's orthonormal rows; twice, for what rounding leaves."""
+    for _ in range(2):
+        X = X - (X @ A.T) @ A
+    return X
+
+
+def _normal(rows: int, columns: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(rows, columns, generator=generator, dtype=like.dtype, device=generator.device)
+    return drawn.to(like.device)
+
+
+def _ritz(basis: Tensor, images: Tensor, rank: int, total: float) -> Found:
+    """Return the best terms in a subspace: Rayleigh-Ritz on rows that are independent, not quite orthonormal.
+
+    basis: (width, columns). images: basis Wᵀ.
+    """
+    L = torch.linalg.cholesky(row_gram(basis).double())
+    half = torch.linalg.solve_triangular(L, row_gram(images).double(), upper=False)
+    H = torch.linalg.solve_triangular(L, half.T.contiguous(), upper=False)
+    vectors = torch.linalg.eigh((H + H.T) / 2)[1][:, -rank:]
+    C = torch.linalg.solve_triangular(L.T, vectors.double(), upper=True).T.to(basis.dtype)
+    A, images = C @ basis, C @ images
+    energies = torch.linalg.vector_norm(images, dim=1, dtype=torch.float64).square()
+    order = energies.argsort(descending=True, stable=True)
+    return Found(A[order], images[order], energies[order], total)
+
+
+def _subspaces(
+    W: Tensor, rank: int, options: RandomizedSolver, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Yield ever better subspaces: rows (width, columns), independent, their images under W, and a name for the notes."""
+    columns = W.shape[1]
+    widths = [round_up(rank * (2 + i) / 2, BLOCK) for i in range(1, options.max_iterations + 1)]
+    widths = [width for width in (max(w, SCOUT) for w in widths) if width <= WIDEST * columns]
+    sketch = round_up(rank * (1 + options.oversample), 8)
+    if not widths:
+        return
+    basis, images = W.new_empty(widths[-1], columns), W.new_empty(widths[-1], W.shape[0])
+    _krylov(W, basis, images, 0, SCOUT, generator)
+    top, cut = _cut(images[:SCOUT], sketch / columns)
+    if widths[0] > SCOUT and cut > 0 and _growth(top / cut) < GROWTH:
+        yield from _filtered(W, sketch, cut, options.max_iterations, generator)
+        return
+    rows = SCOUT
+    for width in widths:
+        _krylov(W, basis, images, rows, width, generator)
+        rows = width
+        yield basis[:rows], images[:rows], f"block Krylov space of {rows}"
+
+
+def _filtered(
+    W: Tensor, width: int, cut: float, rounds: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, str]]:
+    gram = row_gram(W.T)
+    sketch = _sparse_signs(width, W, generator)
+    basis = sketch.to_dense()
+    product = sketch @ gram
+    for i in range(rounds):
+        basis = orthonormal(_chebyshev(gram, basis, product, cut))
+        yield basis, basis @ W.T, f"Chebyshev filter of degree {3 * (i + 1)} on {width} directions"
+        product = basis @ gram
+
+
+def _chebyshev(gram: Tensor, X: Tensor, product: Tensor, cut: float) -> Tensor:
+    """Return T₃(2 gram / cut - I) on the rows of X, product = X gram: at most 1 below the cut, steeply rising above."""
+    first = product.mul(2 / cut).sub_(X)
+    second = torch.addmm(X + 2 * first, first, gram, beta=-1, alpha=4 / cut)
+    return torch.addmm(first + 2 * second, second, gram, beta=-1, alpha=4 / cut)
+
+
+def _growth(ratio: float) -> float:
+    """Return T₃ at the largest eigenvalue, `ratio` times the cut."""
+    x = 2 * ratio - 1
+    return 4 * x**3 - 3 * x
+
+
+def _sparse_signs(rows: int, W: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a sparse sketch (rows, columns) with NONZEROS signs in each column."""
+    columns = W.shape[1]
+    shape = (NONZEROS, columns)
+    index = torch.stack([torch.randperm(columns, generator=generator, device=generator.device) for _ in range(NONZEROS)])
+    signs = torch.randint(2, shape, generator=generator, device=generator.device).to(W.dtype) * 2 - 1
+    place = torch.stack([(index % rows).flatten(), torch.arange(columns, device=index.device).repeat(NONZEROS)])
+    return torch.sparse_coo_tensor(place, signs.flatten(), (rows, columns), check_invariants=True).to(W.device)
+
+
+def _krylov(W: Tensor, basis: Tensor, images: Tensor, rows: int, stop: int, generator: torch.Generator) -> None:
+    """Fill rows `rows` to `stop` of an orthonormal basis of the Krylov space of Wᵀ W, and of its images under W, in place."""
+    for j in range(rows, stop, BLOCK):
+        X = images[j - BLOCK : j] @ W if j else _normal(BLOCK, W.shape[1], W, generator)
+        for _ in range(2):
+            X = orthonormal(X - (X @ basis[:j].T) @ basis[:j])
+        basis[j : j + BLOCK] = X
+        images[j : j + BLOCK] = X @ W.T
+
+
+def _cut(images: Tensor, fraction: float) -> tuple[float, float]:
+    """Return the largest eigenvalue of Wᵀ W and the one that about `fraction` of all lie above, less a margin.
+
+    images: of the first blocks of a Krylov space. Its Ritz values, each weighed by what of it the first, random block
+    holds, are the Gauss quadrature of the density of eigenvalues: Lin, Saad & Yang (2016), doi:10.1137/130934283.
+    """
+    values, vectors = torch.linalg.eigh(row_gram(images).double())
+    above = vectors[:BLOCK].square().mean(0).flip(0).cumsum(0)
+    place = int((above < fraction).sum().clamp(max=len(values) - 1))
+    return float(values[-1]), MARGIN * float(values.flip(0)[place])
+
+
+def orthonormal(X: Tensor) -> Tensor:
+    """Return orthonormal rows with the span of X's: Cholesky in float64, Householder where X is near singular."""
+    L, info = torch.linalg.cholesky_ex(row_gram(X.double()))
+    pivots = L.diagonal()
+    if int(info) or not float(pivots.min()) > 1e-7 * float(pivots.max()):
+        return torch.linalg.qr(X.T)[0].T.contiguous()
+    return torch.linalg.solve_triangular(L.to(X.dtype), X, upper=False)
+
+
+def round_up(size: float, step: int) -> int:
+    """Return the least multiple of `step` that is at least `size`."""
+    return step * math.ceil(size / step)

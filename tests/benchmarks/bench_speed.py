@@ -1,0 +1,84 @@
+"""MiniLM dense and at half of its linear parameters, through every runtime, as ratios of one interleaved run.
+
+    python tests/benchmarks/bench_speed.py [--form two_factor] [--kept 0.5] [--rounds 15] [--settings default ...] [--static]
+
+`share` is the measured ratio over the ideal one, that of the FLOPs of the linears and the attention of the whole model.
+`--settings` compares Inductor settings (default, freezing, max_autotune) for AOTInductor, `--static` fixed shapes.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench_minilm_quality import LAYERS, SOLVERS, sentences
+from common import WORK, minilm, show
+
+import lrc
+from lrc.lower.aoti import AotiExport, AotiRunner, export_aoti
+from lrc.lower.hf_folder import ModelRunner
+from lrc.lower.inductor import CompiledRunner
+from lrc.lower.onnx_file import OnnxExport, export_onnx
+from lrc.lower.ort import OrtRunner
+from lrc.run.benchmark import Pair, benchmark_pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kept", type=float, default=0.5)
+    parser.add_argument("--form", default="two_factor", choices=["auto", "two_factor", "pivoted"])
+    parser.add_argument("--round-to", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 128])
+    parser.add_argument("--settings", nargs="+", default=["default"], choices=["default", "freezing", "max_autotune"])
+    parser.add_argument("--static", action="store_true")
+    parser.add_argument("--runtimes", nargs="+", default=["eager", "torch_compile", "onnx", "aoti"])
+    options = parser.parse_args()
+    dense = lrc.capture(str(minilm()))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        done = lrc.compile(
+            dense,
+            {
+                "version": 1,
+                "calibration": {"dataset": str(sentences(folder)), "samples": 256, "max_length": 128, "seed": 0},
+                "passes": [
+                    {
+                        "type": "factorize",
+                        "targets": LAYERS,
+                        "solver": SOLVERS["kfac"],
+                        "rank": {"params_kept": options.kept},
+                        "form": options.form,
+                        "round_to": options.round_to,
+                    }
+                ],
+            },
+            cache=WORK / "cache",
+        )
+        pairs: list[Pair] = []
+        original: Any = dense.origin.model
+        if "eager" in options.runtimes:
+            pairs.append(Pair("eager", ModelRunner(original), ModelRunner(done.graft())))
+        if "torch_compile" in options.runtimes:
+            pairs.append(Pair("torch.compile", CompiledRunner(original, {}, True), CompiledRunner(done.graft(), {}, True)))
+        if "onnx" in options.runtimes:
+            runners = []
+            for label, program in (("dense", dense), ("compressed", done.program)):
+                written = export_onnx(program, folder / label, OnnxExport())
+                runners.append(OrtRunner(folder / label / written.artifact))
+            pairs.append(Pair("ONNX Runtime", *runners))
+        for setting in options.settings if "aoti" in options.runtimes else ():
+            how = AotiExport(settings=setting, static=options.static)
+            packages = []
+            for label, program in (("dense", dense), ("compressed", done.program)):
+                written = export_aoti(program, folder / label / setting, how)
+                packages.append(AotiRunner(folder / label / setting / written.artifact))
+            pairs.append(Pair(f"AOTInductor {setting}{' static' if options.static else ''}", *packages))
+        rows = benchmark_pairs(pairs, dense, done.program, options.batches, options.lengths, options.rounds)
+    parameters = done.plan.parameters
+    show("speed of MiniLM", rows, kept=options.kept, form=options.form, dtype="float32", parameters=list(parameters))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What the tests of the runner and the passes share."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+import lrc
+from lrc.data import batches_of
+from lrc.measure import Cache
+from lrc.program import Program
+from lrc.run import Session
+
+GOLDEN = Path(__file__).parent / "golden"
+Compile = Callable[..., lrc.Compiled]
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """A function that compares a text with a golden file beside the tests; `--rewrite-golden` writes it."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--rewrite-golden", default=False):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert text == path.read_text(encoding="utf-8"), f"{path.name} differs; `pytest --rewrite-golden` writes it anew"
+
+    return compare
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Callable[..., Session]:
+    """A function that makes the session of a run on calibration batches of the perceptron, with a cache of its own."""
+
+    def make(given: Iterable[Any] = (), **options: Any) -> Session:
+        batches = list(given) or tiny.calibration_of_mlp()
+        return Session(cache=Cache(tmp_path / "cache"), batches=lambda: batches_of(batches, list(batches[0])), **options)
+
+    return make
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Compile:
+    """A function that compiles a module with one pass `factorize`, by default the perceptron on its calibration data."""
+
+    def run(model: nn.Module | Program | None = None, *, calibration: Any = None, **options: Any) -> lrc.Compiled:
+        inputs = {"x": tiny.mlp_inputs()}
+        given = tiny.calibration_of_mlp() if calibration is None else calibration
+        spec = tiny.factorize(**options)
+        return lrc.compile(model or tiny.mlp(), spec, inputs=inputs, calibration=given, cache=tmp_path / "cache")
+
+    return run
+
+
+def kept_of(done: lrc.Compiled) -> Mapping[str, str | None]:
+    """Return why each site stays as it is, or None where it does not."""
+    return {d.name: d.keep for d in done.plan.decisions}
+
+
+def ranks_of(done: lrc.Compiled) -> Mapping[str, int | None]:
+    """Return the rank of each site."""
+    return {d.name: d.rank for d in done.plan.decisions}
+
+
+def rounding(model: nn.Module, x: Tensor) -> float:
+    """Return how far two correct runs of the perceptron may differ: 8 eps for each of its three sums, of the largest value."""
+    with torch.no_grad():
+        return 3 * 8 * torch.finfo(x.dtype).eps * float(model(x).abs().max())

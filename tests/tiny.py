@@ -1,0 +1,190 @@
+"""Tiny models with a tokenizer and data for them, written on the fly: the same numbers every time, and no network.
+
+A plugin of the tests (see `conftest.py`): its fixtures are folders that no test may change; a test that damages a model
+copies it first.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+WORDS = (
+    "a the one two red blue green old new big small cat dog bird fish man woman child car train boat house tree river "
+    "sings eats sees finds makes takes gives holds runs walks sleeps stands sits falls on in under over with and or not "
+    "quickly slowly today often"
+).split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+VOCAB = 64
+POSITIONS = 40
+LAYERS = "layers:[0-9]"
+
+
+class Mlp(nn.Module):
+    """Three linears, none of them square, one without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 20)
+        self.middle = nn.Linear(20, 16, bias=False)
+        self.down = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.middle(torch.relu(self.up(x)))))
+
+
+def mlp(seed: int = 0) -> Mlp:
+    """Return the perceptron in eval mode; another seed gives other weights."""
+    torch.manual_seed(seed)
+    return Mlp().eval()
+
+
+def mlp_inputs(rows: int = 8, seed: int = 0) -> Tensor:
+    """Return inputs of the perceptron, (rows, 12)."""
+    return torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def mlp_with_inputs() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return what `tiny:mlp_with_inputs` names as MODEL."""
+    return mlp(), {"x": mlp_inputs()}
+
+
+def calibration_of_mlp() -> list[dict[str, Tensor]]:
+    """Return what `tiny:calibration_of_mlp` names as data."""
+    return [{"x": mlp_inputs(32, seed)} for seed in range(4)]
+
+
+def factorize(**options: Any) -> dict[str, Any]:
+    """Return a spec with one pass `factorize`, by default the exact decomposition, which needs no data."""
+    return {"version": 1, "passes": [{"type": "factorize", "solver": "svd", **options}]}
+
+
+def write_tokenizer(folder: Path, names: tuple[str, ...] = ("input_ids", "attention_mask"), *, special: bool = False) -> None:
+    """Save a tokenizer of whole words; `special` puts [CLS] and [SEP] around every text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *WORDS])}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    if special:
+        made.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        model_input_names=list(names),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def write_bert(folder: Path, kind: str = "BertModel", *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """Save an encoder of two layers with its tokenizer."""
+    import transformers
+
+    given = {
+        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+        "max_position_embeddings": POSITIONS, "initializer_range": 0.2,
+    }  # fmt: skip
+    model = getattr(transformers, kind)(transformers.BertConfig(**(given | config)))
+    return save(model, folder, seed, dtype, ("input_ids", "token_type_ids", "attention_mask"), special=True)
+
+
+def write_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """Save a decoder of two layers, with fewer heads of keys than of queries, with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    given = {
+        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "max_position_embeddings": POSITIONS, "initializer_range": 0.2,
+        "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
+    }  # fmt: skip
+    return save(LlamaForCausalLM(LlamaConfig(**(given | config))), folder, seed, dtype)
+
+
+def write_gpt2(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """Save a decoder of two layers with transposed weights, a fused qkv and a head tied to the embedding."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    given = {
+        "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS, "initializer_range": 0.2,
+        "bos_token_id": 2, "eos_token_id": 3,
+    }  # fmt: skip
+    return save(GPT2LMHeadModel(GPT2Config(**(given | config))), folder, seed, dtype)
+
+
+def save(
+    model: Any, folder: Path, seed: int, dtype: torch.dtype, names: tuple[str, ...] = ("input_ids", "attention_mask"), *,
+    special: bool = False,
+) -> Path:  # fmt: skip
+    """Give every tensor numbers that come from `seed` alone, and save the model with a tokenizer."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(0.2 * noise if tensor.ndim > 1 else tensor + 0.1 * noise)
+    model.to(dtype).save_pretrained(folder)
+    write_tokenizer(folder, names, special=special)
+    return folder
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    """Return a copy of a model folder that a test may damage."""
+    return Path(shutil.copytree(folder, target))
+
+
+def sentence(generator: random.Random, low: int = 3, high: int = 10) -> str:
+    """Return some words."""
+    return " ".join(generator.choices(WORDS, k=generator.randint(low, high)))
+
+
+def write_data(folder: Path) -> Path:
+    """Write calibration and test data of every kind."""
+    generator = random.Random(0)
+    (folder / "calib.txt").write_text("\n".join(sentence(generator) for _ in range(40)) + "\n")
+    (folder / "stream.txt").write_text("\n".join(sentence(generator) for _ in range(80)) + "\n")
+    pairs = [f"{sentence(generator)},{sentence(generator)},{generator.random():.3f}" for _ in range(12)]
+    (folder / "pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *pairs]) + "\n")
+    labelled = [f"{sentence(generator)},{i % 3}" for i in range(12)]
+    (folder / "labelled.csv").write_text("\n".join(["text,label", *labelled]) + "\n")
+    np.savez(folder / "arrays.npz", x=mlp_inputs(64, seed=1).numpy())
+    return folder
+
+
+def state_of(folder: Path) -> Mapping[str, bytes]:
+    """Return every file of a folder by name, to see that nothing has changed."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of data files."""
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder."""
+    return write_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder."""
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder with transposed weights and a tied head."""
+    return write_gpt2(tmp_path_factory.mktemp("gpt2"))
