@@ -67,9 +67,9 @@ def match(node: fx.Node, tensors: Mapping[str, Tensor]) -> Linear | None:
 
 
 def _batched(node: fx.Node, tensors: Mapping[str, Tensor]) -> Linear | None:
-    """Match a product that was spread over a batch, as decompositions do where the input's memory is not in order:
+    """Match a product that was spread over a batch, as decompositions do where the input's memory is not in order.
 
-    `bmm(view(expand(x)), view(expand(weight.T)))`, a view back to the leading sizes of x, and the addition of the bias.
+    It is `bmm(view(expand(x)), view(expand(weight.T)))`, a view back to the leading sizes of x, and an addition of the bias.
     """
     x, weight = node.args
     source = _stored(_before_views(weight, 2)[-1])

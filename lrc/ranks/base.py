@@ -24,6 +24,7 @@ class SiteCurve:
     losses: loss at rank 0 … k, (k + 1,), float64, non-increasing, in the solver's unit; additive: in a unit that may be
     compared between layers. S: singular values in the solver's norm, (k,). bias: numbers of the dense layer's bias, which
     stay. extra: numbers that the rewritten layer has beyond its product and that bias (a bias that the dense one lacks).
+    index: what an index vector of the outputs takes, in numbers of the weight's dtype.
     """
 
     name: str
@@ -34,6 +35,7 @@ class SiteCurve:
     form: Form = "auto"
     bias: int = 0
     extra: int = 0
+    index: float = 0.0
     additive: bool = True
 
     @property
@@ -46,19 +48,25 @@ class SiteCurve:
         """The largest rank there is."""
         return min(self.out_features, self.in_features)
 
+    def form_at(self, rank: int) -> Literal["two_factor", "pivoted"]:
+        """Return the form of a rank-`rank` product: as asked for, or the one that takes fewer bytes, index included."""
+        if self.form != "auto":
+            return self.form
+        return "pivoted" if rank * rank > self.index else "two_factor"
+
     def size(self, rank: int) -> int:
         """Return the numbers of a rank-`rank` product in the curve's form."""
-        return product_size(self.out_features, self.in_features, rank, self.form) + self.extra
+        return product_size(self.out_features, self.in_features, rank, self.form_at(rank)) + self.extra
 
     def sizes(self, ranks: Tensor) -> Tensor:
         """Return `size` for many ranks."""
         m, n = self.out_features, self.in_features
-        shrink = ranks if self.form != "two_factor" else torch.zeros_like(ranks)
+        shrink = torch.tensor([int(rank) * (self.form_at(int(rank)) == "pivoted") for rank in ranks], dtype=torch.int64)
         return ranks * (m + n - shrink) + self.extra
 
 
 def product_size(out_features: int, in_features: int, rank: int, form: Form) -> int:
-    """Return r(m + n) for two factors, r(m + n - r) for the pivoted form, and the smaller of both for `auto`."""
+    """Return r(m + n) for two factors, r(m + n - r) for the pivoted form."""
     return rank * (out_features + in_features - (0 if form == "two_factor" else rank))
 
 

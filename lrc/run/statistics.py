@@ -81,6 +81,7 @@ class Terms:
             form=form,
             bias=0 if site.bias is None else site.out_features,
             extra=site.out_features if terms.mean is not None and site.bias is None else 0,
+            index=4 * site.out_features / site.dtype.itemsize,
             additive=terms.unit == LOSS_UNIT,
         )
 

@@ -1,13 +1,12 @@
 """What the tests of the runner and the passes share."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lrc
 from lrc.data import batches_of
@@ -55,19 +54,3 @@ def compiled(tmp_path: Path) -> Compile:
         return lrc.compile(model or tiny.mlp(), spec, inputs=inputs, calibration=given, cache=tmp_path / "cache")
 
     return run
-
-
-def kept_of(done: lrc.Compiled) -> Mapping[str, str | None]:
-    """Return why each site stays as it is, or None where it does not."""
-    return {d.name: d.keep for d in done.plan.decisions}
-
-
-def ranks_of(done: lrc.Compiled) -> Mapping[str, int | None]:
-    """Return the rank of each site."""
-    return {d.name: d.rank for d in done.plan.decisions}
-
-
-def rounding(model: nn.Module, x: Tensor) -> float:
-    """Return how far two correct runs of the perceptron may differ: 8 eps for each of its three sums, of the largest value."""
-    with torch.no_grad():
-        return 3 * 8 * torch.finfo(x.dtype).eps * float(model(x).abs().max())
