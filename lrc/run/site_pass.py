@@ -12,7 +12,7 @@ from lrc.errors import LrcError, SiteError
 from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
-from lrc.ranks import Choice, choose
+from lrc.ranks import Choice, SiteCurve, choose
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
@@ -89,39 +89,31 @@ class RankedSitePass(SitePass):
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
         terms = session.decompose(program, free, options)
-        curves = [terms.curve(program.sites[fqn], options.form) for fqn in free]
-        choices = choose(curves, options.rank, allocate=options.allocate, round_to=options.round_to)
+        curves = {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free}
+        choices = choose(list(curves.values()), options.rank, allocate=options.allocate, round_to=options.round_to)
         before = in_groups(program, free) if compressed(options) else {}
-        return [self.decide(program.sites[s.fqn], s, options, index, choices, terms, before.get(s.fqn, ())) for s in selected]
+        decisions = []
+        for chosen in selected:
+            made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
+            if not chosen.keep:
+                made = replace(made, after_sites=before.get(chosen.fqn, ()))
+                made = self.decide(made, program.sites[chosen.fqn], choices[chosen.fqn], curves[chosen.fqn], terms)
+            decisions.append(made)
+        return decisions
 
-    def decide(
-        self,
-        site: Site,
-        selected: Selected,
-        options: Any,
-        index: int,
-        choices: dict[str, Choice],
-        terms: Terms,
-        after_sites: tuple[str, ...],
-    ) -> Decision:
-        """Put what was chosen for one site into a decision."""
+    def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:
+        """Return a decision that changes nothing, with the reason why the site is out of the question, if it is."""
         before = summarize(site.map)
-        decision = Decision(
-            index,
-            options.type,
-            (site.fqn,),
-            selected.rule,
-            before,
-            before,
-            full_rank=min(site.shape),
-            after_sites=after_sites,
+        return Decision(
+            index, options.type, (site.fqn,), chosen.rule, before, before, full_rank=min(site.shape), keep=chosen.keep
         )
-        if selected.keep:
-            return replace(decision, keep=selected.keep)
-        found, choice = terms.spectrum(site.fqn), choices[site.fqn]
+
+    def decide(self, decision: Decision, site: Site, choice: Choice, curve: SiteCurve, terms: Terms) -> Decision:
+        """Put what was chosen for one site into its decision."""
+        found = terms.spectrum(site.fqn)
         if choice.rank is None:
             return replace(decision, keep=choice.reason, notes=found.notes)
-        form = options.form if options.form != "auto" else "pivoted"
+        form = curve.form_at(choice.rank)
         bias = site.bias is not None or found.mean is not None
         loss = float(found.losses()[choice.rank])
         return replace(

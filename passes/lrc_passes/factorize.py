@@ -39,7 +39,10 @@ def factorize(site: Site, statistics: Statistics, rank: int, options: Factorize)
         if options.form == "pivoted":
             return Keep(f"no stable pivoted form at rank {rank}: {found.reason}")
         return smaller(two_factor, site, rank, f"two factors in place of the pivoted form: {found.reason}")
-    return smaller(Pivoted(found.P, found.Z, found.index, found.side, bias), site, rank)
+    made = Pivoted(found.P, found.Z, found.index, found.side, bias)
+    if options.form == "auto" and two_factor.cost().bytes <= made.cost().bytes:  # the index outweighs what the form saves
+        return smaller(two_factor, site, rank)
+    return smaller(made, site, rank)
 
 
 def smaller(made: LinearMap, site: Site, rank: int, *notes: str) -> Rewrite | Keep:
