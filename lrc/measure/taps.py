@@ -64,8 +64,9 @@ def traced_masks(program: Program) -> dict[str, Tensor]:
     """Return the traced values of the program's mask inputs, by name."""
     found = {}
     for node in program.graph_module.graph.nodes:
-        if node.op == "placeholder" and node.name.endswith("mask") and isinstance(node.meta.get("val"), Tensor):
-            found[node.name] = node.meta["val"]
+        name = str(node.target)
+        if node.op == "placeholder" and name.endswith("mask") and isinstance(node.meta.get("val"), Tensor):
+            found[name] = node.meta["val"]
     return found
 
 

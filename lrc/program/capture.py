@@ -93,14 +93,14 @@ def capture_exported(
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
-    positional, keyword = argument_names(in_spec, [node.name for node in graph.find_nodes(op="placeholder")])
+    positional, keyword = argument_names(in_spec, [str(node.target) for node in graph.find_nodes(op="placeholder")])
     calling = Calling(positional, keyword, out_spec, _flatten(graph, output_names(out_spec)))
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in names.canonical:
             node.target = names.canonical[node.target]
     made = fx.GraphModule(module, graph)
     found = inputs or _inputs_of(exported, graph)
-    placeholders = [node.name for node in graph.find_nodes(op="placeholder")]
+    placeholders = [str(node.target) for node in graph.find_nodes(op="placeholder")]  # `input_1` is called `input`
     found = replace(found, examples={name: found.examples[name] for name in placeholders})
     return Program(made, found, names, calling, origin or Origin(name="exported program"))
 
@@ -204,22 +204,22 @@ def _inputs_of(exported: torch.export.ExportedProgram, graph: fx.Graph) -> Input
                 bounds = exported.range_constraints.get(size.node.expr)
                 if bounds is not None and str(bounds.upper).isdigit():  # infinity is not
                     largest[name] = int(bounds.upper)
-                dynamic.setdefault(node.name, {})[dim] = name
+                dynamic.setdefault(str(node.target), {})[dim] = name
                 sizes.append(int(size.node.hint) if size.node.hint is not None else 2 + list(symbols).index(symbol))
             else:
                 sizes.append(int(size))
-        shapes[node.name] = tuple(sizes)
+        shapes[str(node.target)] = tuple(sizes)
     examples: dict[str, Tensor] = {}
     given = [t for t in pytree.tree_leaves(exported.example_inputs) if isinstance(t, Tensor)]
     for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
-        value = node.meta["val"]
-        if i < len(given) and given[i].shape == shapes[node.name]:
-            examples[node.name] = given[i]
+        name, value = str(node.target), node.meta["val"]
+        if i < len(given) and given[i].shape == shapes[name]:
+            examples[name] = given[i]
         elif value.dtype.is_floating_point:
             generator = torch.Generator().manual_seed(i)
-            examples[node.name] = torch.randn(shapes[node.name], generator=generator, dtype=torch.float32).to(value.dtype)
+            examples[name] = torch.randn(shapes[name], generator=generator, dtype=torch.float32).to(value.dtype)
         else:
-            examples[node.name] = torch.ones(shapes[node.name], dtype=value.dtype)
+            examples[name] = torch.ones(shapes[name], dtype=value.dtype)
     return Inputs(examples, dynamic, largest)
 
 

@@ -50,8 +50,8 @@ class _Writer:
         modules = {use.module: site.fqn for site in self.program.sites.values() for use in site.uses}
         for node in self.program.graph_module.graph.nodes:
             if node.op == "placeholder":
-                self.values[node] = f"%{node.name}"
-                yield f"%{node.name}: {self.type_of(node)} = input"
+                self.values[node] = f"%{node.target}"
+                yield f"%{node.target}: {self.type_of(node)} = input"
             elif node.op == "get_attr":
                 self.values[node] = self.stored(str(node.target))
             elif node.op == "output":
@@ -133,7 +133,7 @@ def _symbols(program: "Program") -> dict[Any, Any]:
         value = node.meta.get("val")
         if node.op != "placeholder" or not isinstance(value, Tensor):
             continue
-        for dim, name in program.inputs.dynamic.get(node.name, {}).items():
+        for dim, name in program.inputs.dynamic.get(str(node.target), {}).items():
             size = value.shape[dim]
             if isinstance(size, torch.SymInt):
                 found[size.node.expr] = sympy.Symbol(name, integer=True, positive=True)

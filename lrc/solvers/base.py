@@ -95,7 +95,8 @@ class Decomposition:
         if self.mean is not None and self.target is not None:
             shift = self.target.double() - B.double() @ (A.double() @ self.mean.double())
             bias = shift if bias is None else bias.double() + shift
-        return Factors(B.to(dtype).contiguous(), A.to(dtype).contiguous(), None if bias is None else bias.to(dtype))
+        B, A = B.to(dtype, copy=True).contiguous(), A.to(dtype, copy=True).contiguous()  # own memory, not a slice
+        return Factors(B, A, None if bias is None else bias.to(dtype))
 
 
 class SolverOptions(Tagged):
