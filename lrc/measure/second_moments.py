@@ -9,8 +9,8 @@ BLOCK = 256  # rows of a panel: of the sizes tried, within 10 % of LAPACK's symm
 class SecondMoment:
     """The running sums over tokens of x xᵀ and x.
 
-    The product of one batch is taken in the dtype of x (float16 and bfloat16 in float32) and added in float64. Only the
-    panels on and above the diagonal are computed. `rows` counts the tokens.
+    The product of one batch is taken in the dtype of x (float16 and bfloat16 in float32) and added in float64, on the device
+    of x. Only the panels on and above the diagonal are computed. `rows` counts the tokens.
     """
 
     def __init__(self, features: int) -> None:
@@ -21,6 +21,8 @@ class SecondMoment:
     def add(self, x: Tensor, weight: float = 1.0) -> None:
         """Add the rows of x, shape (tokens, features); `weight` scales their x xᵀ (several draws for one token)."""
         x = x.detach()
+        if self._upper.device != x.device:
+            self._upper, self._sum = self._upper.to(x.device), self._sum.to(x.device)
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
         features = x.shape[-1]
@@ -50,6 +52,8 @@ class CrossMoment:
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add leftᵀ right for two tensors of shape (tokens, features)."""
+        if self.total.device != left.device:
+            self.total, self.left_sum = self.total.to(left.device), self.left_sum.to(left.device)
         if left.dtype in (torch.float16, torch.bfloat16):
             left, right = left.float(), right.float()
         self.total.add_(left.T @ right)
