@@ -12,6 +12,8 @@ from typing import Annotated, Any, Optional
 import click
 import typer
 
+INTERRUPTED = 130  # what typer returns after Ctrl-C
+
 app = typer.Typer(
     help="A compiler for low-rank structure in neural networks.",
     no_args_is_help=True,
@@ -239,7 +241,10 @@ def main() -> None:
 
     debug = "LRC_DEBUG" in os.environ
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

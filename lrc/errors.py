@@ -26,8 +26,9 @@ class LrcError(Exception):
         found = [f"expected {self.expected}"] if self.expected else []
         if self.got:
             found.append(f"got {self.got}")
-        body = ". ".join(part.rstrip(".") for part in (self.message, ", ".join(found), self.hint) if part)
-        return f"{self.where}: {body}." if body else self.where
+        sentences = [part for part in (self.message, ", ".join(found), self.hint) if part]
+        body = " ".join(part if part.endswith((".", "?", "!")) else f"{part}." for part in sentences)
+        return f"{self.where}: {body}" if body else self.where
 
 
 class SpecError(LrcError):

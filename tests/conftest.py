@@ -5,8 +5,15 @@ from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; tiny products only wait for each other's threads
+
 ROOT = Path(__file__).resolve().parents[1]
-pytest_plugins = ["tiny"]  # tiny models and data, as fixtures
+pytest_plugins = ["models", "tiny"]  # tiny models and data, as fixtures
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the flag that writes golden files anew."""
+    parser.addoption("--rewrite-golden", action="store_true", help="write the golden files anew, to be read in review")
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,14 @@ copies it first.
 """
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads this once
+
+import importlib
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +21,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+import lrc
+from lrc.api import Finished, compile_to_folder
+from lrc.program import Program
+from lrc.verify.cases import Case
+from lrc.verify.parity import Artifact, Parity, compare
+from lrc.verify.runner import run
+from lrc.verify.tolerance import Numerics
 
-WORDS = (
+TEXT = (
     "a the one two red blue green old new big small cat dog bird fish man woman child car train boat house tree river "
     "sings eats sees finds makes takes gives holds runs walks sleeps stands sits falls on in under over with and or not "
     "quickly slowly today often"
-).split()
+)
+WORDS = TEXT.split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 VOCAB = 64
 POSITIONS = 40
@@ -53,9 +65,20 @@ def mlp_inputs(rows: int = 8, seed: int = 0) -> Tensor:
     return torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed))
 
 
+@cache
+def captured_mlp() -> Program:
+    """Return the perceptron captured, once for all tests; `lrc.compile` does not change what it is given."""
+    return lrc.capture(mlp(), {"x": mlp_inputs()})
+
+
 def mlp_with_inputs() -> tuple[nn.Module, dict[str, Tensor]]:
     """Return what `tiny:mlp_with_inputs` names as MODEL."""
     return mlp(), {"x": mlp_inputs()}
+
+
+def other_mlp_with_inputs() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the same with other weights."""
+    return mlp(1), {"x": mlp_inputs()}
 
 
 def calibration_of_mlp() -> list[dict[str, Tensor]]:
@@ -85,12 +108,14 @@ def write_tokenizer(folder: Path, names: tuple[str, ...] = ("input_ids", "attent
     ).save_pretrained(folder)  # fmt: skip
 
 
-def write_bert(folder: Path, kind: str = "BertModel", *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """Save an encoder of two layers with its tokenizer."""
+def write_bert(
+    folder: Path, kind: str = "BertModel", *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> Path:
+    """Save an encoder of one layer with its tokenizer."""
     import transformers
 
     given = {
-        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
         "max_position_embeddings": POSITIONS, "initializer_range": 0.2,
     }  # fmt: skip
     model = getattr(transformers, kind)(transformers.BertConfig(**(given | config)))
@@ -98,11 +123,11 @@ def write_bert(folder: Path, kind: str = "BertModel", *, seed: int = 0, dtype: t
 
 
 def write_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """Save a decoder of two layers, with fewer heads of keys than of queries, with its tokenizer."""
+    """Save a decoder of one layer, with fewer heads of keys than of queries, with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     given = {
-        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 48, "max_position_embeddings": POSITIONS, "initializer_range": 0.2,
         "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
     }  # fmt: skip
@@ -110,11 +135,11 @@ def write_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float
 
 
 def write_gpt2(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """Save a decoder of two layers with transposed weights, a fused qkv and a head tied to the embedding."""
+    """Save a decoder of one layer with transposed weights, a fused qkv and a head tied to the embedding."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     given = {
-        "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS, "initializer_range": 0.2,
+        "vocab_size": VOCAB, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS, "initializer_range": 0.2,
         "bos_token_id": 2, "eos_token_id": 3,
     }  # fmt: skip
     return save(GPT2LMHeadModel(GPT2Config(**(given | config))), folder, seed, dtype)
@@ -166,6 +191,30 @@ def state_of(folder: Path) -> Mapping[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def check_here(artifacts: Sequence[tuple[Artifact, Sequence[Case]]], numerics: Numerics) -> list[Parity]:
+    """Compare artifacts as `lrc.verify.parity.check` does, in this process: a fresh one takes seconds to import torch."""
+    rows: list[Parity] = []
+    for artifact, cases in artifacts:
+        module, _, name = artifact.opens.partition(":")
+        runner = getattr(importlib.import_module(module), name)(artifact.path.absolute())
+        rows += [row for case in cases for row in compare(artifact.format, case, run(runner, case.inputs), numerics)]
+    return rows
+
+
+@pytest.fixture
+def checked_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check artifacts in this process."""
+    monkeypatch.setattr("lrc.run.job.check", check_here)
+    monkeypatch.setattr("lrc.run.reexport.check", check_here)
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, empty and writable: what a run leaves beside its output is left there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of data files."""
@@ -188,3 +237,32 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decoder with transposed weights and a tied head."""
     return write_gpt2(tmp_path_factory.mktemp("gpt2"))
+
+
+SPEC = f"""\
+# The whole job on the tiny encoder.
+version: 1
+model: {{task: sentence-similarity}}
+calibration: {{dataset: calib.txt, samples: 24, max_length: 16}}
+passes:
+  - type: factorize
+    targets: ["{LAYERS}"]
+    solver: kfac
+    rank: {{params_kept: 0.6}}
+evaluate: {{dataset: pairs.csv, metrics: [spearman], gates: {{max_degradation: 2.0}}}}
+export: [{{format: hf}}, {{format: onnx}}, {{format: pt2}}]
+"""
+
+
+@pytest.fixture(scope="session")
+def spec(data: Path) -> Path:
+    """A spec of the whole job on the encoder, beside its data."""
+    path = data / "spec.yaml"
+    path.write_text(SPEC)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(bert: Path, spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A finished output folder of the encoder; every artifact was checked in a fresh process."""
+    return compile_to_folder(str(bert), spec, output=tmp_path_factory.mktemp("finished") / "out")

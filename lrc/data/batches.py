@@ -31,13 +31,15 @@ def batches_of(given: Iterable[Any], names: Sequence[str], where: str = "calibra
 
     Raises DataError for something else, and for no batch at all.
     """
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise DataError(where, expected="several batches", got=type(given).__name__, hint="Put one batch into a list")
     items = []
     for made in given:
         if isinstance(made, Tensor):
             made = (made,)
-        if isinstance(made, Mapping):
+        if isinstance(made, Mapping) and any(isinstance(value, Tensor) for value in made.values()):
             items.append({str(name): value for name, value in made.items() if isinstance(value, Tensor)})
-        elif isinstance(made, tuple | list) and all(isinstance(value, Tensor) for value in made):
+        elif isinstance(made, tuple | list) and made and all(isinstance(value, Tensor) for value in made):
             items.append(dict(zip(names, made, strict=False)))
         else:
             raise DataError(where, expected="batches of tensors, by name or in order", got=type(made).__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lrc.data.batches import Batches, drawn, from_factory, in_batches, of_equal_length
-from lrc.data.files import read_arrays, read_rows, read_text, text_column
+from lrc.data.files import Row, ids_of, read_arrays, read_rows, read_text, texts_of
 from lrc.data.text import Sample, Tokenizer, load_tokenizer, token_stream, tokenize, windows
 from lrc.errors import DataError, UsageError
 
@@ -76,13 +76,12 @@ def load_windows(request: Request) -> Batches:
 def read_stream(request: Request) -> list[int]:
     """Return all ids of a file, one after the other."""
     path = request.path
-    if path.suffix == ".jsonl":
-        rows = read_rows(path)
-        column = next((c for c in ID_COLUMNS if c in rows[0]), None)
+    if path.suffix in (".jsonl", ".csv"):
+        rows = read_rows(path, header=request.text_column)
+        column = _id_column(rows, request)
         if column is not None:
-            return [int(i) for row in rows for i in row[column]]
-        name = text_column(rows, path, request.text_column)
-        return token_stream(_tokenizer(request), "\n".join(str(row[name]) for row in rows))
+            return [i for ids in ids_of(rows, path, column) for i in ids]
+        return token_stream(_tokenizer(request), "\n".join(texts_of(rows, path, request.text_column)))
     return token_stream(_tokenizer(request), read_text(path))
 
 
@@ -90,19 +89,26 @@ def load_samples(request: Request) -> list[Sample]:
     """Return one tokenised sample a line or row."""
     path = request.path
     if path.suffix in (".jsonl", ".csv"):
-        rows = read_rows(path, (request.text_column,) if request.text_column else ())
-        column = next((c for c in ID_COLUMNS if c in rows[0]), None)
-        if column is not None and path.suffix == ".jsonl":
-            ids = [[int(i) for i in rows[i][column]][: request.max_length] for i in _places(len(rows), request)]
+        rows = read_rows(path, header=request.text_column)
+        column = _id_column(rows, request)
+        if column is not None:
+            every = ids_of(rows, path, column)
+            ids = [every[i][: request.max_length] for i in _places(len(rows), request)]
             extra = [name for name in request.inputs if name in ("attention_mask", "token_type_ids")]
             fills = {"attention_mask": 1, "token_type_ids": 0}
             return [{"input_ids": i} | {name: [fills[name]] * len(i) for name in extra} for i in ids]
-        name = text_column(rows, path, request.text_column)
-        texts = [str(row[name]) for row in rows]
+        texts = texts_of(rows, path, request.text_column)
     else:
-        texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        texts = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     chosen = [texts[i] for i in _places(len(texts), request)]
     return tokenize(_tokenizer(request), chosen, request.inputs, request.max_length)
+
+
+def _id_column(rows: Sequence[Row], request: Request) -> str | None:
+    """Return the column of token ids, where the file has one and no column of text is asked for."""
+    if request.path.suffix != ".jsonl" or request.text_column is not None:
+        return None
+    return next((column for column in ID_COLUMNS if column in rows[0]), None)
 
 
 def _tokens(request: Request) -> Batches:

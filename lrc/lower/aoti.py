@@ -10,6 +10,7 @@ from torch import Tensor
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.lower.inductor import SETTINGS, need_compiler
+from lrc.lower.pt2 import archive_at
 from lrc.program import Program
 
 FILE = "aoti/model.pt2"
@@ -35,11 +36,14 @@ def export_aoti(program: Program, folder: Path, options: AotiExport) -> Written:
     path = folder / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch._inductor.aoti_compile_and_package(
-            program.export(static=options.static),
-            package_path=str(path),
-            inductor_configs=dict(SETTINGS[options.settings]),
-        )
+        with archive_at(path) as archive:
+            torch._inductor.aoti_compile_and_package(
+                program.export(static=options.static),
+                package_path=archive,
+                inductor_configs=dict(SETTINGS[options.settings]),
+            )
+    except OSError:
+        raise
     except Exception as error:  # Inductor raises what its passes raise
         raise LowerError(
             FILE,

@@ -1,6 +1,7 @@
 """The ONNX file: torch's own exporter, dynamic sizes, external data for large weights, nothing of this machine in it."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from lrc.program import Program
 
 LARGE = 1_800_000_000  # bytes; a protobuf message ends at 2 GiB
 FILE = "onnx/model.onnx"
+WIDENED = "bfloat16 is stored as float32: ONNX Runtime has no bfloat16 products on the CPU"
 
 
 class OnnxExport(ExportOptions):
@@ -47,12 +49,14 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
     except Exception as error:  # the exporter raises what its passes raise
         raise LowerError(
             FILE,
-            message=f"torch.onnx refused the program: {str(error).strip().splitlines()[0]}",
+            message=f"torch.onnx refused the program: {root_cause(error)}",
             hint="Leave out `format: onnx`",
         ) from error
     assert made is not None, "torch.onnx.export with dynamo returns a program"
     model = made.model_proto
     clean(model)
+    name_sizes(model, program)
+    notes = [WIDENED] if widen(model) else []
     external = options.external_data == "always" or (options.external_data == "auto" and model.ByteSize() > LARGE)
     extra: dict[str, Any] = {}
     if external:
@@ -62,7 +66,7 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
         onnx.checker.check_model(path, full_check=True)
     except onnx.checker.ValidationError as error:
         raise LowerError(FILE, message=f"onnx.checker refuses the file: {error}") from error
-    notes = ["prefill only: the graph has no key-value cache"] if program.task == "text-generation" else []
+    notes += ["prefill only: the graph has no key-value cache"] if program.task == "text-generation" else []
     return Written(FILE, tuple(notes))
 
 
@@ -82,6 +86,13 @@ def quiet_exporter() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def root_cause(error: BaseException) -> str:
+    """Return the first line of the innermost error: the outer ones tell how to report a bug of the exporter."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def output_names(program: Program) -> list[str]:
     """Return the names of the program's outputs, in order."""
     output = next(node for node in program.graph_module.graph.nodes if node.op == "output")
@@ -92,9 +103,7 @@ def clean(model: Any) -> None:
     """Remove what tells of the machine and the code that made the file: stack traces, paths, notes of the exporter."""
     model.producer_name, model.producer_version, model.doc_string = "lrc", "", ""
     del model.metadata_props[:]
-    graphs = [model.graph, *model.functions]
-    while graphs:
-        graph = graphs.pop()
+    for graph in graphs_of(model):
         graph.doc_string = ""
         del graph.metadata_props[:]
         for value in [*graph.node, *getattr(graph, "initializer", ()), *graph.value_info, *graph.input, *graph.output]:
@@ -102,8 +111,48 @@ def clean(model: Any) -> None:
                 continue
             value.doc_string = ""
             del value.metadata_props[:]
-        for node in graph.node:
-            graphs += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+
+
+def name_sizes(model: Any, program: Program) -> None:
+    """Call the dynamic sizes as the program calls them (`batch`, `sequence`), where torch.export has made up names."""
+    names = {}
+    for value in model.graph.input:
+        sizes = value.type.tensor_type.shape.dim
+        names |= {sizes[dim].dim_param: name for dim, name in program.inputs.dynamic.get(value.name, {}).items()}
+    for graph in graphs_of(model):
+        for value in [*graph.value_info, *graph.input, *graph.output]:
+            if not isinstance(value, str):
+                for size in (size for size in value.type.tensor_type.shape.dim if size.dim_param):  # setting one unfixes it
+                    size.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.dim_param)
+
+
+def widen(model: Any) -> bool:
+    """Turn every bfloat16 of a file into float32, which holds the same numbers. Returns whether there was one."""
+    from onnx import TensorProto, numpy_helper
+
+    found = False
+    for graph in graphs_of(model):
+        attributes = [attribute for node in graph.node for attribute in node.attribute]
+        for tensor in [*getattr(graph, "initializer", ()), *(a.t for a in attributes if a.HasField("t"))]:
+            if tensor.data_type == TensorProto.BFLOAT16:
+                found = True
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float32"), tensor.name))
+        for attribute in attributes:
+            if attribute.name in ("to", "dtype") and attribute.i == TensorProto.BFLOAT16:
+                found, attribute.i = True, TensorProto.FLOAT
+        for value in [*graph.value_info, *graph.input, *graph.output]:
+            if not isinstance(value, str) and value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+                found, value.type.tensor_type.elem_type = True, TensorProto.FLOAT
+    return found
+
+
+def graphs_of(model: Any) -> Iterator[Any]:
+    """Yield every graph and function of a file, those inside of nodes too."""
+    graphs = [model.graph, *model.functions]
+    while graphs:
+        graph = graphs.pop()
+        yield graph
+        graphs += [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
 
 
 def _need_onnx() -> Any:

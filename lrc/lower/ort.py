@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - gives numpy the bfloat16 that a stored input may have
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ class OrtRunner:
 
     def __call__(self, **inputs: Any) -> dict[str, Array]:
         """Run once. Raises UsageError for an input that is missing and has no default, or of a type without numpy form."""
-        arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+        arrays = {name: as_array(value) for name, value in inputs.items() if value is not None}
         feed = {name: self._cast(name, self._take(name, arrays)) for name in self.types}
         return dict(zip(self.outputs, self.session.run(None, feed), strict=True))
 
@@ -78,3 +79,8 @@ class OrtRunner:
         if declared not in NUMPY_TYPES:
             raise UsageError(f"{self.path.name}: {name}", expected=f"one of {', '.join(NUMPY_TYPES)}", got=declared)
         return np.ascontiguousarray(value, dtype=NUMPY_TYPES[declared])
+
+
+def as_array(value: Any) -> Array:
+    """Return an array, or a tensor on the CPU, as an array; torch gives numpy no bfloat16, so that is widened."""
+    return np.asarray(value.float() if str(getattr(value, "dtype", "")) == "torch.bfloat16" else value)

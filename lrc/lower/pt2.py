@@ -1,8 +1,11 @@
 """The exported program as a file: the artifact of models that have no Hugging Face folder."""
 
+import io
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import IO, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,8 +34,52 @@ def export_pt2(program: Program, folder: Path, options: Pt2Export) -> Written:
         for key in TRACES:
             node.meta.pop(key, None)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.export.save(exported, folder / "program.pt2")
+    with archive_at(folder / "program.pt2") as archive:
+        torch.export.save(exported, archive)
     return Written("program.pt2")
+
+
+class Archive(io.RawIOBase):
+    """A file that torch writes an archive to. It never raises: torch aborts the whole process where a write does."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        """Say that the file can be written."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say that the file has places."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place."""
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self.file.tell()
+
+    def write(self, data: Any) -> int:
+        """Write, or keep the first error of the disk for `archive_at`."""
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+
+@contextmanager
+def archive_at(path: Path) -> Iterator[Archive]:
+    """Give a file for torch to write an archive to. Raises OSError at the end when the disk did not take it."""
+    with path.open("wb") as file:
+        archive = Archive(file)
+        yield archive
+        if archive.error is not None:
+            raise archive.error
 
 
 class Pt2Runner:

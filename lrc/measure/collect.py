@@ -77,6 +77,8 @@ class Walk(fx.Interpreter):
         self.inputs = {tap.reads: SecondMoment(width[tap.fqn][1]) for tap in every}
         self.outputs = {tap.gives: SecondMoment(width[tap.fqn][0]) for tap in every}
         self.names = {node: tap.fqn for tap in every for node in (tap.reads, tap.gives)}
+        self.tokens = {tap.reads: 0 for fqn in program.sites for tap in taps_of(program, fqn)}
+        self.in_place = any(_is_in_place(node) for node in program.graph_module.graph.nodes)
         self.traced = traced_masks(program)
         self.masks: dict[str, Tensor] = {}
         self.given: dict[fx.Node, Tensor] = {}
@@ -95,13 +97,17 @@ class Walk(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run a node; what a tap looks at is added, and given a gradient."""
         value = super().run_node(n)
-        if n in self.inputs:
+        if n in self.tokens:
             rows = rows_of(value, row_mask(n, value, self.masks, self.traced))
-            self.inputs[n].add(rows)
+            self.tokens[n] += len(rows)
+            if n in self.inputs:
+                self.inputs[n].add(rows)
         if self.gradients and n in self.outputs:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
             self.given[n] = value
+            if self.in_place:  # what follows may overwrite the value, and the gradient would be that of what is there then
+                value = value.clone()
         return value
 
     def _backward(
@@ -122,7 +128,7 @@ class Walk(fx.Interpreter):
 
     def moments(self) -> dict[str, Moments]:
         """Return the means; the same tensor for sites that read the same value."""
-        tokens = max((moment.rows for moment in self.inputs.values()), default=0)
+        tokens = max(self.tokens.values(), default=0)
         grams: dict[tuple[fx.Node, ...], tuple[Tensor, Tensor, int]] = {}
         made = {}
         for fqn, taps in self.taps.items():
@@ -142,6 +148,10 @@ class Walk(fx.Interpreter):
         gram = sum((self.inputs[node].total() for node in reads[1:]), self.inputs[reads[0]].total())
         mean = sum((self.inputs[node].column_sum() for node in reads[1:]), self.inputs[reads[0]].column_sum())
         return _finite(gram / max(rows, 1), fqn, "inputs"), mean / max(rows, 1), rows
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _finite(value: Tensor, fqn: str, what: str) -> Tensor:

@@ -15,7 +15,8 @@ ROWS = 512  # rows of logits that are worked on at a time
 
 def has_classes(task: str | None) -> bool:
     """Say whether the output of interest of a task is the logits of a softmax."""
-    return task is not None and (task in {"text-generation", "fill-mask"} or task.endswith("classification"))
+    words = {"text-generation", "text2text-generation", "fill-mask"}
+    return task is not None and (task in words or task.endswith("classification"))
 
 
 def cotangent(
@@ -76,7 +77,7 @@ def _labels(output: Tensor, inputs: Mapping[str, Tensor], task: str | None) -> T
 
 def _without_padding(sent: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """Zero the rows of padded positions, where the output has one row a token."""
-    mask = inputs.get("attention_mask")
+    mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
     if mask is not None and sent.ndim == 3 and mask.shape == sent.shape[:2]:
         sent.mul_(mask[..., None].to(sent.dtype))
     return sent

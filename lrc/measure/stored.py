@@ -52,5 +52,5 @@ def _site_key(key: str, fqn: str) -> str:
 
 
 def _input_key(key: str, program: Program, fqn: str) -> str:
-    reads = sorted({use.input for use in program.sites[fqn].uses})
+    reads = sorted({use.input for use in program.site(fqn).uses})
     return f"{digest(key, 'input', reads)}-inputs"

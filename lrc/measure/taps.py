@@ -26,7 +26,9 @@ def taps_of(program: Program, fqn: str) -> tuple[Tap, ...]:
     nodes = program.nodes
     if site is None or not site.uses:
         raise SiteError(fqn, message="the captured graph has no linear of this name")
-    return tuple(Tap(fqn, nodes[use.input], nodes[use.node]) for use in site.uses)
+    order = {name: place for place, name in enumerate(nodes)}
+    uses = sorted(site.uses, key=lambda use: order[use.node])
+    return tuple(Tap(fqn, nodes[use.input], nodes[use.node]) for use in uses)
 
 
 def placeholder_values(program: Program, inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -47,7 +47,7 @@ def absorb_permutations(program: Program) -> dict[str, str]:
         if region is None:
             continue
         changed = _in_order(program, region, made.index.long().argsort())
-        if changed is None:
+        if changed is None or sum(map(_indexed, changed.values())) >= sum(_indexed(program.maps[name]) for name in changed):
             continue
         for name, new in changed.items():
             program.replace(name, new, program.made_by.get(name, ""), settle=False)
@@ -76,13 +76,14 @@ def find_region(program: Program, site: Site, single: dict[str, Site]) -> Region
                 waiting.append(user)
             else:
                 return None
-        for read in _tensor_reads(node) if node.name != site.uses[0].node and node.op == "call_function" else ():
+        for read in _tensor_reads(node) if node.op == "call_function" else ():
             if read.name in carriers or not _varies(read):
                 continue
             writer = _site_at(program, read, single)
-            if writer is None:
+            if writer is not None:
+                writers.append(writer.fqn)
+            elif read.op != "call_function" or read.target not in ELEMENTWISE:
                 return None
-            writers.append(writer.fqn)
             carriers.add(read.name)
             waiting.append(read)
     return Region(tuple(writers), tuple(dict.fromkeys(readers))) if readers else None
@@ -96,6 +97,11 @@ def _site_at(program: Program, node: fx.Node, single: dict[str, Site]) -> Site |
 
 def _tensor_reads(node: fx.Node) -> list[fx.Node]:
     return [arg for arg in node.args if isinstance(arg, fx.Node)]
+
+
+def _indexed(made: LinearMap) -> int:
+    """Return how many entries of indices a map holds."""
+    return sum(part.index.numel() for part in made.modules() if isinstance(part, Pivoted) and part.index is not None)
 
 
 def _varies(node: fx.Node) -> bool:

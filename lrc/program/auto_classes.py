@@ -14,6 +14,7 @@ from torch import nn
 from lrc.errors import ModelError
 from lrc.maps import restore
 from lrc.program.checks import check_finite, need_transformers
+from lrc.program.graft import forget_ties
 
 PREFIX = "lrc_"
 FORMAT = 1
@@ -69,6 +70,7 @@ class _Mapped:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # of the model class beside this one
         install(self, config.lrc)  # type: ignore[arg-type]
+        forget_ties(self)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

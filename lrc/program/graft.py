@@ -1,6 +1,7 @@
 """The second view of a program's parameters: the same maps inside the user's own module tree."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,7 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
             _put(twin, module, made)
         if site.tied:
             untie(twin)
+    forget_ties(twin)
     return twin
 
 
@@ -46,10 +48,34 @@ def share(model: nn.Module) -> nn.Module:
 
 
 def untie(model: nn.Module) -> None:
-    """Say in a transformers config that the head no longer shares the embedding."""
-    config = getattr(model, "config", None)
+    """Say in a transformers config that the head no longer shares the embedding, where such a config can say so.
+
+    T5's cannot: read again, it would tie them all the same, and no longer scale what the head reads.
+    """
+    config: Any = getattr(model, "config", None)
     if config is not None and hasattr(config, "tie_word_embeddings"):
-        config.tie_word_embeddings = False
+        before, config.tie_word_embeddings = config.tie_word_embeddings, False
+        if type(config).from_dict(config.to_dict()).tie_word_embeddings is not False:
+            config.tie_word_embeddings = before
+
+
+def forget_ties(model: nn.Module) -> None:
+    """Let transformers forget the ties of weights whose place a map has taken."""
+    for part in model.modules():
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = getattr(part, attribute, None)
+            if isinstance(ties, Mapping):
+                setattr(part, attribute, {name: tie for name, tie in ties.items() if not _is_replaced(part, name)})
+
+
+def _is_replaced(model: nn.Module, name: str) -> bool:
+    """Say whether a name is that of a tensor which a map stands for and does not hold."""
+    owner, _, last = name.rpartition(".")
+    try:
+        made = model.get_submodule(owner)
+    except AttributeError:  # a pattern, which names no module
+        return False
+    return isinstance(made, LinearMap) and last not in made._parameters
 
 
 def _put(model: nn.Module, fqn: str, made: LinearMap) -> None:

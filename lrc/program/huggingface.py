@@ -1,6 +1,6 @@
 """Loading a Hugging Face folder with transformers, checked, and capturing it with inputs chosen for its task."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lrc.errors import ModelError
+from lrc.errors import LrcError, ModelError
 from lrc.program.capture import capture_module
 from lrc.program.checks import check_finite, need_transformers
 from lrc.program.folder import check_weights, read_config
@@ -44,13 +44,15 @@ def _capture_architecture(folder: Path, name: str, task: str | None, trust_remot
         from lrc.program.auto_classes import register
 
         register()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         loaded = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise ModelError(str(folder), message=f"transformers cannot read config.json: {str(error).splitlines()[0]}") from error
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        model = getattr(transformers, auto_class(task)).from_config(loaded).eval()
+        with mode:
+            model = getattr(transformers, auto_class(task)).from_config(loaded).eval()
+    except LrcError:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        raise _unloadable(folder, task, config, error) from error
     return _capture(model, folder, name, task, mode.from_tensor)
 
 
@@ -92,11 +94,7 @@ def load_folder(
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds
-        raise ModelError(
-            str(folder),
-            message=f"transformers cannot load the folder: {(str(error) or type(error).__name__).splitlines()[0]}",
-            hint=f"Is `model.task: {task}` right? The config names {config.get('architectures')}",
-        ) from error
+        raise _unloadable(folder, task, config, error) from error
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(
@@ -107,6 +105,14 @@ def load_folder(
     check_finite(model, str(folder))
     made: nn.Module = model.eval()
     return made, task
+
+
+def _unloadable(folder: Path, task: str, config: Mapping[str, Any], error: Exception) -> ModelError:
+    return ModelError(
+        str(folder),
+        message=f"transformers cannot load the folder: {(str(error) or type(error).__name__).splitlines()[0]}",
+        hint=f"Is `model.task: {task}` right? The config names {config.get('architectures')}",
+    )
 
 
 class Quiet:

@@ -34,7 +34,8 @@ class Inputs:
     def fill(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return a value for every input; a missing mask, token type or position gets that of one unpadded text.
 
-        Values are moved to the device of the examples; entries that the program does not take (`labels`) are left out. Raises UsageError for an input that is missing.
+        Values are moved to the device of the examples; entries that the program does not take (`labels`) are left out.
+        Raises UsageError for an input that is missing.
         """
         made = {name: given[name].to(like.device) for name, like in self.examples.items() if given.get(name) is not None}
         for name in self.examples:

@@ -123,7 +123,7 @@ def _site(
     tensors: Mapping[str, Tensor],
     order: Mapping[str, int],
     others: Sequence[str],
-    busy: Set[str],
+    busy: Set[str | None],
 ) -> Site:
     aliases = names.aliases[names.canonical[weight]]
     placed = [(_owner(linear, aliases, busy), linear) for linear in linears]
@@ -158,7 +158,7 @@ def _told_apart(places: Sequence[tuple[str, str | None]]) -> list[str]:
     return [named[place] for place in places]
 
 
-def _owner(linear: Linear, aliases: Sequence[str], busy: Set[str]) -> tuple[str, str, bool]:
+def _owner(linear: Linear, aliases: Sequence[str], busy: Set[str | None]) -> tuple[str, str, bool]:
     """Return the module that a use belongs to, its class, and whether calling that module is the use and nothing else.
 
     Where the module that was running does not own the weight (a functional call on a parameter), or does more than this
@@ -166,22 +166,24 @@ def _owner(linear: Linear, aliases: Sequence[str], busy: Set[str]) -> tuple[str,
     """
     running, kind = _running(linear.node)
     own = f"{running}.weight"
-    if own in aliases:
+    if running is not None and own in aliases:
         return (own, "Parameter", False) if running in busy else (running, kind, True)
     alias = aliases[0]
     if alias.endswith(".weight"):
-        return alias.removesuffix(".weight"), "Linear", not running
+        return alias.removesuffix(".weight"), "Linear", running is None
     return alias, "Parameter", False
 
 
-def _running(node: fx.Node) -> tuple[str, str]:
-    """Return the name and class of the module whose `forward` made a node: the last entry of `nn_module_stack`."""
+def _running(node: fx.Node) -> tuple[str | None, str]:
+    """Return the name and class of the module whose `forward` made a node, if known: the last entry of `nn_module_stack`."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    name, kind = stack[-1] if stack else ("", "")
+    if not stack:
+        return None, ""
+    name, kind = stack[-1]
     return str(name).removeprefix("L['self'].").strip("."), str(kind).rsplit(".", 1)[-1]
 
 
-def _modules_that_do_more(graph: fx.Graph, linears: Sequence[Linear]) -> set[str]:
+def _modules_that_do_more(graph: fx.Graph, linears: Sequence[Linear]) -> set[str | None]:
     """Return the names of modules that compute anything beside linears."""
     ours = inside(linears)
     values = (node for node in graph.nodes if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor))

@@ -13,6 +13,7 @@ from torch import nn
 
 from lrc.errors import ModelError, UsageError
 from lrc.program.capture import capture_module, load_exported
+from lrc.program.checks import check_finite
 from lrc.program.folder import check_safetensors
 from lrc.program.huggingface import capture_folder
 from lrc.program.program import Origin, Program
@@ -147,7 +148,7 @@ def _from_factory(source: Source, allow_code: bool, inputs: Any) -> Program:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into a module. Raises ModelError for a file that does not fit."""
+    """Load a safetensors file into a module. Raises ModelError for a file that does not fit, or holds a NaN."""
     from safetensors.torch import load_file
 
     check_safetensors(path)
@@ -160,6 +161,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if missing or unexpected:
         got = f"missing {', '.join(missing[:3]) or 'none'}; unexpected {', '.join(unexpected[:3]) or 'none'}"
         raise ModelError(str(path), expected="the model's tensors", got=got)
+    check_finite(model, str(path))
 
 
 def _on(inputs: Any, device: str) -> Any:

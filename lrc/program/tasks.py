@@ -47,7 +47,8 @@ def infer_task(config: Mapping[str, Any], folder: Path) -> str:
     """Return the task that `config.json` and the folder's files tell."""
     if (folder / "modules.json").is_file():  # written by sentence-transformers
         return "sentence-similarity"
-    architecture = str((config.get("architectures") or [""])[0])
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
     for suffix, task in BY_ARCHITECTURE.items():
         if architecture.endswith(suffix):
             return task

@@ -167,8 +167,7 @@ class _MapTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """Give `x` alone: the maps' `**context` is left out."""
-        root, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        return root, args
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
 
 class _Shapes(fx.Interpreter):

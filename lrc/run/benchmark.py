@@ -51,11 +51,21 @@ def benchmark_folder(
     model: the dense one; the folder's manifest names it otherwise. Dense counterparts are lowered into a temporary folder.
     """
     manifest = _manifest(folder)
-    dense = capture(model or str(manifest["model"]), allow_code=allow_code)
+    dense = capture(model or dense_name(manifest), allow_code=allow_code)
     with tempfile.TemporaryDirectory(prefix="lrc-benchmark-") as scratch:
         pairs = pairs_of(folder, manifest, dense, Path(scratch), compile_modules)
         compressed = capture(ModelRunner(load(folder)).model, inputs=dict(dense.inputs.examples))
         return benchmark_pairs(pairs, dense, compressed, batches, lengths, rounds)
+
+
+def dense_name(manifest: Mapping[str, Any]) -> str:
+    """Return the dense model that a manifest names. Raises UsageError where it does not say in which folder that is."""
+    name = str(manifest["model"])
+    if not any(mark in name for mark in "/:") and not Path(name).exists():
+        raise UsageError(
+            "MODEL", message=f"the folder was made from {name!r} and does not say where that is", hint="Name the dense MODEL"
+        )  # fmt: skip
+    return name
 
 
 def pairs_of(folder: Path, manifest: Mapping[str, Any], dense: Program, scratch: Path, compile_modules: bool) -> list[Pair]:

@@ -82,7 +82,7 @@ def compile_to(path: Path, job: Job, *, overwrite: bool = False, resume: bool = 
     """
     output = OutputFolder(path, job.key(), overwrite=overwrite, resume=resume)
     with output:
-        record = Record(plan=Plan(()), model=job.program.origin.name)
+        record = Record(plan=Plan(()), model=model_name(job.program))
         original = job.program.clone()
         with timed(record, "passes"):
             record.plan = run_passes(job.program, job.document.passes, job.session)
@@ -94,6 +94,12 @@ def compile_to(path: Path, job: Job, *, overwrite: bool = False, resume: bool = 
                 work(output, job, record, original)
         write_last(output, job, record)
         return record, output.publish()
+
+
+def model_name(program: Program) -> str:
+    """Return what the result is made of as the user named it; of an absolute path the last part, which tells no machine."""
+    name = program.origin.name
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def export_step(output: OutputFolder, job: Job, options: ExportOptions) -> Json:

@@ -22,7 +22,7 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
         decided = list(made.plan(twin, session, options, index))
         last = index == len(passes) - 1
         if last:
-            saved = difference(decided)
+            saved = difference(twin, decided)
         else:
             decided = list(made.apply(twin, session, options, decided))
         decisions += decided
@@ -47,34 +47,41 @@ def finished(plan: Plan, program: Program, passes: Sequence[Any], session: Sessi
     """Return a plan with the predicted memory and what was noticed on the way."""
     return replace(
         plan,
-        peak_memory=predicted_memory(program, passes, plan.decisions, session),
+        peak_memory=predicted_memory(program, passes, plan, session),
         shadowed=tuple(session.shadowed),
         notes=tuple(session.notices),
     )
 
 
-def difference(decisions: Sequence[Decision]) -> tuple[int, int]:
-    """Return by how many numbers and bytes the decided sites change."""
-    numbers = sum(d.after.parameters - d.before.parameters for d in decisions)
-    return numbers, sum(d.after.bytes - d.before.bytes for d in decisions)
+def difference(program: Program, decisions: Sequence[Decision]) -> tuple[int, int]:
+    """Return by how many numbers and bytes the program grows when `decisions` are carried out.
+
+    The old weight goes, unless something else reads it too.
+    """
+    numbers = size = 0
+    for d in decisions:
+        site = program.sites[d.sites[0]]
+        stays = site.fqn not in program.maps and bool(site.tied) and d.keep is None
+        numbers += d.after.parameters - (0 if stays else d.before.parameters)
+        size += d.after.bytes - (0 if stays else d.before.bytes)
+    return numbers, size
 
 
-def predicted_memory(program: Program, passes: Sequence[Any], decisions: Sequence[Decision], session: Session) -> int:
+def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, session: Session) -> int:
     """Return the predicted peak of memory in bytes, beside the interpreter and its libraries.
 
-    The weights once (the rewritten ones take the place of the old), the float64 moments of all sites of the pass that needs
-    most (inputs that sites share once), and for every worker eight float64 matrices of the largest weight.
+    The weights once, as they were (the rewritten ones take the place of the old), the float64 moments of all sites of the
+    pass that needs most (inputs that sites share once), and for every worker eight float64 matrices of the largest weight.
     """
-    _, weights = program.size()
     most = 0
     for index, options in enumerate(passes):
-        sites = [program.sites[fqn] for d in decisions if d.index == index for fqn in d.sites if fqn in program.sites]
+        sites = [program.sites[fqn] for d in plan.of_pass(index) for fqn in d.sites if fqn in program.sites]
         needs = needs_of(options)
         grams = {site.uses[0].input: site.in_features**2 for site in sites} if Need.INPUTS in needs else {}
         fishers = sum(site.out_features**2 for site in sites) if Need.GRADIENTS in needs else 0
         largest = max((site.out_features * site.in_features for site in sites), default=0)
         most = max(most, 8 * (sum(grams.values()) + fishers) + 64 * session.workers * largest)
-    return weights + most
+    return plan.bytes[0] + most
 
 
 def needs_of(options: PassOptions) -> frozenset[Need]:

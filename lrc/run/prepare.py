@@ -74,12 +74,14 @@ def prepare(
     inputs: examples for a module. calibration: batches of a Python caller, in place of the spec's data.
     """
     document, file = read_spec(spec, overrides)
+    base = file.parent if file else Path()
+    if calibration is None:
+        check_calibration(document, base)
     progress("capture", 0, 1)
-    program = capture(model, document=document, inputs=inputs, allow_code=allow_code, base=file.parent if file else Path())
+    program = capture(model, document=document, inputs=inputs, allow_code=allow_code, base=base)
     progress("capture", 1, 1)
     spec_cache = document.calibration.cache if document.calibration else None
     place = cache or (Path(spec_cache) if spec_cache else (output or Path(document.output)).absolute().parent / CACHE)
-    base = file.parent if file else Path()
     session = Session(
         cache=Cache(place),
         batches=batches_for(program, document, base, calibration, allow_code),
@@ -90,22 +92,24 @@ def prepare(
     return Prepared(program, document, file, session)
 
 
+def check_calibration(document: Document, base: Path) -> None:
+    """Raise UsageError when the calibration file is missing: before a model is loaded, which may take minutes."""
+    if document.calibration is None or is_factory(document.calibration.dataset):
+        return
+    path = base / document.calibration.dataset
+    if not path.is_file():
+        raise UsageError(
+            f"calibration.dataset: {path}", message="no such file", hint="Paths in a spec start at the spec's own folder"
+        )  # fmt: skip
+
+
 def batches_for(
     program: Program, document: Document, base: Path, given: Iterable[Any] | None, allow_code: bool
 ) -> Callable[[], Batches]:
-    """Return what makes the calibration batches when a statistic is first needed; a spec's file is checked at once."""
+    """Return what makes the calibration batches when a statistic is first needed."""
     if given is not None:
         made = batches_of(given, list(program.inputs.examples))
         return lambda: made
-
-    if document.calibration is not None and not is_factory(document.calibration.dataset):
-        path = base / document.calibration.dataset
-        if not path.is_file():
-            raise UsageError(
-                f"calibration.dataset: {path}",
-                message="no such file",
-                hint="Paths in a spec start at the spec's own folder",
-            )
     return lambda: load_batches(calibration_request(program, document, base, allow_code=allow_code))
 
 

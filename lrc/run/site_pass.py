@@ -67,7 +67,7 @@ class SitePass:
         done = {d.name: d for d in decisions}
         for d in session.track(options.type, work):
             made = self.call(program.sites[d.sites[0]], options, Statistics(moments(d.sites[0])))
-            done[d.name] = put(program, d, made)
+            done[d.name] = put(program, replace(d, notes=()), made)  # planning made the same map, with the same notes
         program.settle()
         return list(done.values())
 
@@ -115,10 +115,13 @@ class RankedSitePass(SitePass):
             return replace(decision, keep=choice.reason, notes=found.notes)
         form = curve.form_at(choice.rank)
         bias = site.bias is not None or found.mean is not None
+        after, before = sketch(site, choice.rank, form, bias=bias), decision.before
+        if after.bytes >= before.bytes:
+            reason = f"rank {choice.rank} needs {after.bytes} bytes, what stands there {before.bytes} ({before.text})"
+            return replace(decision, keep=reason, notes=found.notes)
         loss = float(found.losses()[choice.rank])
         return replace(
-            decision, after=sketch(site, choice.rank, form, bias=bias), rank=choice.rank, form=form, predicted=loss,
-            unit=found.unit, notes=found.notes,
+            decision, after=after, rank=choice.rank, form=form, predicted=loss, unit=found.unit, notes=found.notes
         )  # fmt: skip
 
     def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:

@@ -1,15 +1,14 @@
 """The truncated singular value decomposition from a random subspace, with a checked bound on what that loses.
 
-A few blocks of a Krylov space show the spectrum. Where it is flat, a Chebyshev polynomial of Wᵀ W then turns a sketch into
-the subspace; where it decays, the Krylov space grows. Rayleigh-Ritz orders the terms. Their error is measured, and the
-least error of any map of that rank is bounded from below; where the two are too far apart the next larger subspace is
-tried, then float64, then the exact decomposition.
+A Chebyshev polynomial of Wᵀ W turns a sketch into the leading right singular vectors. A few blocks of a Krylov space tell
+first from where the polynomial has to rise, and which vectors stand so far out that they are better taken aside. What the
+terms leave is measured, and the least that any map of that rank leaves is bounded from below: where the two are too far
+apart the polynomial is applied once more, then float64 is tried, then the exact decomposition.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -19,14 +18,13 @@ from lrc.solvers.base import Decomposition, Moments, SolverOptions, solver
 from lrc.solvers.checks import check
 from lrc.solvers.terms import ordered_terms, storage_dtype, stored
 
-BLOCK = 64  # rows of a Krylov block: fewer make slow products, more a poorer space
-SCOUT = 4 * BLOCK  # rows that show the spectrum
-WIDEST = 0.75  # of all directions: a wider subspace saves nothing over the exact decomposition
-GROWTH = 1e6  # of the filter over the spectrum, that float32 bears
-MARGIN = 0.9  # the filter starts at this part of the estimated cut: too low costs little, too high loses terms
+BLOCK, BLOCKS = 64, 4  # of the Krylov space: its random rows, and how many times that many it has
+WIDEST = 0.75  # of all directions: a wider subspace saves little over the exact decomposition
+EXTRA = 32  # least number of directions beyond the rank
+MARGIN = 0.9  # the polynomial rises from this part of the estimated cut on: too low costs little, too high loses terms
+OUTLIER = 32.0  # times the cut: the polynomial is 1e6 there, as much as float32 bears
 NONZEROS = 8  # per column of the sketch
-PROBES = 8  # random starts of each kind in the bound
-STEPS = 8  # Lanczos steps of each
+PROBES, STEPS = 8, 8  # random starts of each kind, and Lanczos steps from each, in the bound
 ROUNDING = 8.0  # eps ||W||_F², by which a measured squared error may be off
 
 
@@ -38,19 +36,50 @@ class RandomizedSolver(SolverOptions):
         default=0.01, gt=0, le=1, description="How much the Frobenius error may exceed the least one, as a fraction of it."
     )
     oversample: float = Field(
-        default=0.3, gt=0, le=4, description="Directions of the sketch beyond `max_rank`, as a fraction of it."
+        default=0.25, gt=0, le=4, description="Directions searched beyond `max_rank`, as a fraction of it."
     )
     max_iterations: int = Field(
-        default=3, ge=1, le=16, description="Subspaces tried, each better than the last, before the exact decomposition."
+        default=3, ge=1, le=16, description="How often the polynomial is applied before the exact decomposition is taken."
     )
+
+
+@solver(RandomizedSolver)
+def randomized(
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: Moments,
+    max_rank: int,
+    options: RandomizedSolver,
+    generator: torch.Generator,
+) -> Decomposition:
+    """Return the leading terms of the truncated SVD, at most `options.tolerance` above the least Frobenius error.
+
+    weight: (out_features, in_features); worked in float64 if it is float64 or if float32 turns out too coarse, else in
+    float32. S and remainder are measured. The notes say what was tried and what the bound `excess`, which holds with
+    high probability, said of it. Raises SolverError on values that are not finite.
+    Source: Halko, Martinsson & Tropp (2011), doi:10.1137/090771806; the filter: Zhou, Saad, Tiago & Chelikowsky (2006),
+    doi:10.1016/j.jcp.2006.03.017; the sketch: Tropp, Yurtsever, Udell & Cevher (2019), doi:10.1137/18M1201068.
+    """
+    check(weight, bias, moments, max_rank, options.needs)
+    width = max_rank + max(EXTRA, math.ceil(options.oversample * max_rank))
+    if max(width, BLOCK * BLOCKS) > WIDEST * min(weight.shape):
+        note = f"exact eigh of the Gram matrix: {width} directions of {min(weight.shape)} save nothing"
+        return replace(exact(weight, max_rank), bias=bias, notes=(note,))
+    notes: list[str] = []
+    for dtype in dict.fromkeys((storage_dtype(weight), torch.float64)):
+        found, above = _search(tall(weight, dtype), max_rank, width, options, generator, notes)
+        if above <= options.tolerance:
+            return replace(found.terms(weight), bias=bias, notes=tuple(notes))
+        if not found.coarse(options.tolerance):
+            break
+    return replace(exact(weight, max_rank), bias=bias, notes=(*notes, "exact eigh of the Gram matrix"))
 
 
 @dataclass(frozen=True)
 class Found:
     """Terms of a tall W (rows, columns), largest first.
 
-    A: (rank, columns), orthonormal. images: A Wᵀ, (rank, rows). energies: their squared norms, float64.
-    total: ||W||_F².
+    A: (rank, columns), orthonormal. images: A Wᵀ, (rank, rows). energies: their squared norms, float64. total: ||W||_F².
     """
 
     A: Tensor
@@ -68,267 +97,57 @@ class Found:
         """What the remainder may be off by."""
         return ROUNDING * torch.finfo(self.A.dtype).eps * self.total
 
+    def coarse(self, tolerance: float) -> bool:
+        """Return whether rounding alone may hide an excess of `tolerance`."""
+        return self.rounding > tolerance * self.remainder
 
-@solver(RandomizedSolver)
-def randomized(
-    weight: Tensor,
-    bias: Tensor | None,
-    moments: Moments,
-    max_rank: int,
-    options: RandomizedSolver,
-    generator: torch.Generator,
-) -> Decomposition:
-    """Return the leading terms of the truncated SVD, at most `options.tolerance` above the least Frobenius error.
-
-    weight: (out_features, in_features); worked in float64 if it is float64 or if float32 turns out too coarse, else in
-    float32. S and remainder are measured. The notes say which subspaces were tried and what the bound of `excess` (which
-    is probabilistic) said of them. Raises SolverError on values that are not finite.
-    Source: Halko, Martinsson & Tropp (2011), doi:10.1137/090771806; filter: Zhou, Saad, Tiago & Chelikowsky (2006),
-    doi:10.1016/j.jcp.2006.03.017; Krylov: Musco & Musco (2015), arXiv:1504.05477; sparse sketch: Tropp, Yurtsever, Udell &
-    Cevher (2019), doi:10.1137/18M1201068.
-    """
-    check(weight, bias, moments, max_rank, options.needs)
-    notes: list[str] = []
-    for dtype in dict.fromkeys((storage_dtype(weight), torch.float64)):
-        W, peak = tall(weight, dtype)
-        coarse = False
-        for basis, images, how in _subspaces(W, max_rank, options, generator):
-            found = _ritz(basis, images, max_rank, squared_norm(W))
-            coarse = found.rounding > options.tolerance * found.remainder
-            above = math.inf if coarse else excess(W, found, generator)
-            notes.append(verdict(how, dtype, above, coarse=coarse))
-            if above <= options.tolerance:
-                return replace(to_terms(found, weight, peak), bias=bias, notes=tuple(notes))
-            if coarse:
-                break
-        if not coarse:
-            break
-    return replace(exact(weight, max_rank), bias=bias, notes=(*notes, "exact eigh of the Gram matrix"))
+    def terms(self, weight: Tensor) -> Decomposition:
+        """Return the terms of the weight that W is the tall form of."""
+        scale = peak(weight)
+        B, A = self.images.T * math.sqrt(scale), self.A * math.sqrt(scale)
+        if weight.shape[0] < weight.shape[1]:
+            B, A = A.T, B.T
+        terms = stored(B, A, self.energies.sqrt() * scale, len(self.energies), storage_dtype(weight))
+        return replace(terms, remainder=self.remainder * scale**2)
 
 
-def verdict(how: str, dtype: torch.dtype, above: float, *, coarse: bool) -> str:
-    """Return the note on one attempt."""
-    said = "too coarse for this spectrum" if coarse else f"error at most {above:.2%} above the least"
-    return f"{how} in {str(dtype).removeprefix('torch.')}: {said}"
+def peak(weight: Tensor) -> float:
+    """Return the largest magnitude, or 1 for a zero weight: what to divide by, lest squares under- or overflow."""
+    return float(weight.abs().max()) or 1.0
 
 
-def tall(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Return the weight in `dtype`, its longer side first, over its largest entry, and that entry (1 for a zero weight)."""
-    peak = float(weight.abs().max()) or 1.0
-    W = weight.to(dtype) / peak
-    return (W if W.shape[0] >= W.shape[1] else W.T), peak
+def tall(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight over its peak in `dtype`, its longer side first."""
+    W = weight.to(dtype) / peak(weight)
+    return W if W.shape[0] >= W.shape[1] else W.T
 
 
-def squared_norm(W: Tensor) -> float:
-    """Return ||W||_F², summed in float64."""
-    return float(torch.linalg.vector_norm(W, dtype=torch.float64)) ** 2
+def exact(weight: Tensor, max_rank: int) -> Decomposition:
+    """Return the terms of the truncated SVD by float64 eigh of the smaller Gram matrix, whatever the weight's unit."""
+    scale, dtype = peak(weight), storage_dtype(weight)
+    terms = ordered_terms(weight.double() / scale, None, None, max_rank, torch.float64)
+    B, A = ((side * math.sqrt(scale)).to(dtype) for side in (terms.B, terms.A))
+    return replace(terms, B=B, A=A, S=terms.S * scale, remainder=terms.remainder * scale**2)
+
+
+def measured(W: Tensor, A: Tensor, images: Tensor) -> Found:
+    """Return the orthonormal rows A and their images A Wᵀ as terms, in the order of the energy that they capture."""
+    energies = torch.linalg.vector_norm(images, dim=1).double().square()
+    order = energies.argsort(descending=True, stable=True)
+    total = float(torch.linalg.vector_norm(W, dim=1).double().square().sum())
+    return Found(A[order], images[order], energies[order], total)
 
 
 def row_gram(X: Tensor, blocks: int = 8) -> Tensor:
     """Return X Xᵀ, one triangle computed and mirrored: near half the work of the product."""
     size = X.shape[0]
-    gram = X.new_empty(size, size)
-    step = -(-size // blocks)
+    if size < 4 * BLOCK:
+        return X @ X.T
+    gram, step = X.new_empty(size, size), -(-size // blocks)
     for i in range(0, size, step):
         gram[i : i + step, i:] = X[i : i + step] @ X[i:].T
         gram[i + step :, i : i + step] = gram[i : i + step, i + step :].T
     return gram
-
-
-def to_terms(found: Found, weight: Tensor, peak: float) -> Decomposition:
-    """Return what was found in W = weight / peak (or its transpose) as terms of `weight`."""
-    root = math.sqrt(peak)
-    B, A = found.images.T * root, found.A * root
-    if weight.shape[0] < weight.shape[1]:
-        B, A = A.T, B.T
-    terms = stored(B, A, found.energies.sqrt() * peak, len(found.energies), storage_dtype(weight))
-    return replace(terms, remainder=found.remainder * peak**2)
-
-
-def exact(weight: Tensor, max_rank: int) -> Decomposition:
-    """Return the terms of the truncated SVD by float64 eigh of the smaller Gram matrix, whatever the weight's unit."""
-    peak = float(weight.abs().max()) or 1.0
-    terms = ordered_terms(weight.double() / peak, None, None, max_rank, torch.float64)
-    root, dtype = math.sqrt(peak), storage_dtype(weight)
-    return replace(
-        terms,
-        B=(terms.B * root).to(dtype),
-        A=(terms.A * root).to(dtype),
-        S=terms.S * peak,
-        remainder=terms.remainder * peak**2,
-    )
-
-
-def excess(W: Tensor, found: Found, generator: torch.Generator) -> float:
-    """Return an upper bound on ||W - W Aᵀ A||_F over the least error of that rank, minus 1; inf where none is found.
-
-    W: (rows, columns). With H = A Wᵀ W Aᵀ = diag(energies), E = (I - AᵀA) Wᵀ W Aᵀ and C = (I - AᵀA) Wᵀ W (I - AᵀA), the
-    energy that any rank can capture is at most rank t + tr(Wᵀ W - t I)₊ for every t (Ky Fan). For t > ||C||₂, Wᵀ W - t I is
-    at most diag(H - t I + Eᵀ (t I - C)⁻¹ E, 0) in the Loewner order (Schur complement), so the energy missed is at most
-    sum (t - energies)₊ + tr Eᵀ (t I - C)⁻¹ E, which is minimised over t. The trace is estimated from random z as the mean of
-    (E z)ᵀ (t I - C)⁻¹ (E z) plus three standard errors, each from above by Gauss-Radau quadrature; ||C||₂ is the largest
-    Ritz value of random starts and of E z, plus its residual.
-    Source: Fan (1949), doi:10.1073/pnas.35.11.652; Golub & Meurant (2010), Matrices, Moments and Quadrature, chapter 6;
-    Zhou & Li (2011), doi:10.1016/j.laa.2010.06.034 (the bound on ||C||₂).
-    """
-    rank, columns = found.A.shape
-    starts = torch.cat([_normal(PROBES, rank, W, generator) @ found.images @ W, _normal(PROBES, columns, W, generator)])
-    T, last, norms = _lanczos(W, found.A, starts)
-    nodes, vectors = torch.linalg.eigh(T)
-    rounding = torch.finfo(W.dtype).eps * float(found.energies[0])
-    norm = 1.001 * float((nodes + (last[:, None] * vectors[:, -1]).abs()).max()) + rounding
-    nodes, weights = _radau(T[:PROBES], last[:PROBES], norm)
-    t = norm * (1 + torch.logspace(-3, 3, 121, dtype=T.dtype, device=T.device))
-    traces = norms[:PROBES, None].square() * (weights[:, :, None] / (t - nodes[:, :, None])).sum(1)
-    error = traces.std(0) / math.sqrt(PROBES)
-    missed = (t[:, None] - found.energies).clamp(min=0).sum(1) + traces.mean(0) + 3 * error
-    least = found.remainder - float(missed.min()) - found.rounding
-    return math.sqrt(found.remainder / least) - 1 if least > 0 else math.inf
-
-
-def _lanczos(W: Tensor, A: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what STEPS of Lanczos make of C (see `excess`) from each row of `starts`, projected: T, last β, norms.
-
-    T: (starts, STEPS, STEPS) tridiagonal, last: (starts,), the coefficient that would come next, norms: (starts,) of the
-    projected starts; float64.
-    """
-    tiny = torch.finfo(W.dtype).tiny
-    T = torch.zeros(len(starts), STEPS, STEPS, dtype=torch.float64, device=W.device)
-    X = _project(starts, A)
-    norms = beta = X.norm(dim=1)
-    previous = torch.zeros_like(X)
-    for j in range(STEPS):
-        X = X / beta.clamp(min=tiny)[:, None]
-        Y = _project(X @ W.T @ W, A)
-        if j:
-            T[:, j, j - 1] = T[:, j - 1, j] = beta.double()
-            Y -= beta[:, None] * previous
-        alpha = (X * Y).sum(1)
-        T[:, j, j] = alpha.double()
-        previous, X = X, Y - alpha[:, None] * X
-        beta = X.norm(dim=1)
-    return T, beta.double(), norms.double()
-
-
-def _radau(T: Tensor, last: Tensor, end: float) -> tuple[Tensor, Tensor]:
-    """Return nodes and weights of the Gauss-Radau rule of each T with a node at `end`, which lies above all eigenvalues."""
-    count, size, _ = T.shape
-    unit = torch.eye(size, dtype=T.dtype, device=T.device)
-    tail = torch.linalg.solve(T - end * unit, unit[:, -1].expand(count, size))[:, -1]
-    extended = torch.nn.functional.pad(T, (0, 1, 0, 1))
-    extended[:, -1, -2] = extended[:, -2, -1] = last
-    extended[:, -1, -1] = end + last.square() * tail
-    nodes, vectors = torch.linalg.eigh(extended)
-    return nodes, vectors[:, 0].square()
-
-
-def _project(X: Tensor, A: Tensor) -> Tensor:
-    """Return the rows of X without their parts in the span of A's orthonormal rows; twice, for what rounding leaves."""
-    for _ in range(2):
-        X = X - (X @ A.T) @ A
-    return X
-
-
-def _normal(rows: int, columns: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(rows, columns, generator=generator, dtype=like.dtype, device=generator.device)
-    return drawn.to(like.device)
-
-
-def _ritz(basis: Tensor, images: Tensor, rank: int, total: float) -> Found:
-    """Return the best terms in a subspace: Rayleigh-Ritz on rows that are independent, not quite orthonormal.
-
-    basis: (width, columns). images: basis Wᵀ.
-    """
-    L = torch.linalg.cholesky(row_gram(basis).double())
-    half = torch.linalg.solve_triangular(L, row_gram(images).double(), upper=False)
-    H = torch.linalg.solve_triangular(L, half.T.contiguous(), upper=False)
-    vectors = torch.linalg.eigh((H + H.T) / 2)[1][:, -rank:]
-    C = torch.linalg.solve_triangular(L.T, vectors.double(), upper=True).T.to(basis.dtype)
-    A, images = C @ basis, C @ images
-    energies = torch.linalg.vector_norm(images, dim=1, dtype=torch.float64).square()
-    order = energies.argsort(descending=True, stable=True)
-    return Found(A[order], images[order], energies[order], total)
-
-
-def _subspaces(
-    W: Tensor, rank: int, options: RandomizedSolver, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """Yield ever better subspaces: rows (width, columns), independent, their images under W, and a name for the notes."""
-    columns = W.shape[1]
-    widths = [round_up(rank * (2 + i) / 2, BLOCK) for i in range(1, options.max_iterations + 1)]
-    widths = [width for width in (max(w, SCOUT) for w in widths) if width <= WIDEST * columns]
-    sketch = round_up(rank * (1 + options.oversample), 8)
-    if not widths:
-        return
-    basis, images = W.new_empty(widths[-1], columns), W.new_empty(widths[-1], W.shape[0])
-    _krylov(W, basis, images, 0, SCOUT, generator)
-    top, cut = _cut(images[:SCOUT], sketch / columns)
-    if widths[0] > SCOUT and cut > 0 and _growth(top / cut) < GROWTH:
-        yield from _filtered(W, sketch, cut, options.max_iterations, generator)
-        return
-    rows = SCOUT
-    for width in widths:
-        _krylov(W, basis, images, rows, width, generator)
-        rows = width
-        yield basis[:rows], images[:rows], f"block Krylov space of {rows}"
-
-
-def _filtered(
-    W: Tensor, width: int, cut: float, rounds: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor, str]]:
-    gram = row_gram(W.T)
-    sketch = _sparse_signs(width, W, generator)
-    basis = sketch.to_dense()
-    product = sketch @ gram
-    for i in range(rounds):
-        basis = orthonormal(_chebyshev(gram, basis, product, cut))
-        yield basis, basis @ W.T, f"Chebyshev filter of degree {3 * (i + 1)} on {width} directions"
-        product = basis @ gram
-
-
-def _chebyshev(gram: Tensor, X: Tensor, product: Tensor, cut: float) -> Tensor:
-    """Return T₃(2 gram / cut - I) on the rows of X, product = X gram: at most 1 below the cut, steeply rising above."""
-    first = product.mul(2 / cut).sub_(X)
-    second = torch.addmm(X + 2 * first, first, gram, beta=-1, alpha=4 / cut)
-    return torch.addmm(first + 2 * second, second, gram, beta=-1, alpha=4 / cut)
-
-
-def _growth(ratio: float) -> float:
-    """Return T₃ at the largest eigenvalue, `ratio` times the cut."""
-    x = 2 * ratio - 1
-    return 4 * x**3 - 3 * x
-
-
-def _sparse_signs(rows: int, W: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a sparse sketch (rows, columns) with NONZEROS signs in each column."""
-    columns = W.shape[1]
-    shape = (NONZEROS, columns)
-    index = torch.stack([torch.randperm(columns, generator=generator, device=generator.device) for _ in range(NONZEROS)])
-    signs = torch.randint(2, shape, generator=generator, device=generator.device).to(W.dtype) * 2 - 1
-    place = torch.stack([(index % rows).flatten(), torch.arange(columns, device=index.device).repeat(NONZEROS)])
-    return torch.sparse_coo_tensor(place, signs.flatten(), (rows, columns), check_invariants=True).to(W.device)
-
-
-def _krylov(W: Tensor, basis: Tensor, images: Tensor, rows: int, stop: int, generator: torch.Generator) -> None:
-    """Fill rows `rows` to `stop` of an orthonormal basis of the Krylov space of Wᵀ W, and of its images under W, in place."""
-    for j in range(rows, stop, BLOCK):
-        X = images[j - BLOCK : j] @ W if j else _normal(BLOCK, W.shape[1], W, generator)
-        for _ in range(2):
-            X = orthonormal(X - (X @ basis[:j].T) @ basis[:j])
-        basis[j : j + BLOCK] = X
-        images[j : j + BLOCK] = X @ W.T
-
-
-def _cut(images: Tensor, fraction: float) -> tuple[float, float]:
-    """Return the largest eigenvalue of Wᵀ W and the one that about `fraction` of all lie above, less a margin.
-
-    images: of the first blocks of a Krylov space. Its Ritz values, each weighed by what of it the first, random block
-    holds, are the Gauss quadrature of the density of eigenvalues: Lin, Saad & Yang (2016), doi:10.1137/130934283.
-    """
-    values, vectors = torch.linalg.eigh(row_gram(images).double())
-    above = vectors[:BLOCK].square().mean(0).flip(0).cumsum(0)
-    place = int((above < fraction).sum().clamp(max=len(values) - 1))
-    return float(values[-1]), MARGIN * float(values.flip(0)[place])
 
 
 def orthonormal(X: Tensor) -> Tensor:
@@ -340,6 +159,171 @@ def orthonormal(X: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L.to(X.dtype), X, upper=False)
 
 
-def round_up(size: float, step: int) -> int:
-    """Return the least multiple of `step` that is at least `size`."""
-    return step * math.ceil(size / step)
+def excess(W: Tensor, found: Found, generator: torch.Generator) -> float:
+    """Return an upper bound on how far the error of all terms is above the least of that rank, as a fraction; inf if none.
+
+    W: (rows, columns), tall. With P = I - AᵀA, E = P WᵀW Aᵀ, C = P WᵀW P and A WᵀW Aᵀ = diag(energies): no rank captures
+    more than rank t + tr(WᵀW - t I)₊ for any t (Fan), and for t > ||C||₂ the matrix WᵀW - t I is at most
+    diag(energies) - t I + Eᵀ(t I - C)⁻¹E on the terms, and at most 0 beside them (Schur complement). So the terms miss at
+    most sum (t - energies)₊ + tr Eᵀ(t I - C)⁻¹E, minimised over t. The trace is the mean over random z of
+    (Ez)ᵀ(t I - C)⁻¹(Ez), plus three standard errors, each from above by Gauss-Radau quadrature. ||C||₂ is the largest Ritz
+    value from random starts and from Ez, plus its residual.
+    Source: Fan (1949), doi:10.1073/pnas.35.11.652; Golub & Meurant (2010), Matrices, Moments and Quadrature, chapter 6;
+    Zhou & Li (2011), doi:10.1016/j.laa.2010.06.034 (the norm).
+    """
+    rank, columns = found.A.shape
+    starts = torch.cat([_normal(PROBES, rank, W, generator) @ found.images @ W, _normal(PROBES, columns, W, generator)])
+    T, last, norms = _lanczos(W, found.A, starts)
+    nodes, vectors = torch.linalg.eigh(T)
+    norm = 1.001 * float((nodes + (last[:, None] * vectors[:, -1]).abs()).max())
+    norm += torch.finfo(W.dtype).eps * math.sqrt(norm * float(found.energies[0]))
+    nodes, weights = _radau(T[:PROBES], last[:PROBES], norm)
+    t = norm * (1 + torch.logspace(-3, 3, 121, dtype=T.dtype, device=T.device))
+    traces = norms[:PROBES, None].square() * (weights[:, :, None] / (t - nodes[:, :, None])).sum(1)
+    missed = (t[:, None] - found.energies).clamp(min=0).sum(1) + traces.mean(0)
+    missed += 3 * traces.std(0) / math.sqrt(PROBES)
+    least = found.remainder - float(missed.min()) - found.rounding
+    return math.sqrt(found.remainder / least) - 1 if least > 0 else math.inf
+
+
+def _lanczos(W: Tensor, A: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what Lanczos makes of C (see `excess`) from each row of `starts`, with A's part taken out.
+
+    Float64: T (starts, STEPS, STEPS), tridiagonal; the coefficient that would come next, and the norm of the start, (starts,).
+    """
+    tiny = torch.finfo(W.dtype).tiny
+    T = torch.zeros(len(starts), STEPS, STEPS, dtype=torch.float64, device=W.device)
+    X = _without(starts, A)
+    norms = beta = X.norm(dim=1)
+    previous = torch.zeros_like(X)
+    for j in range(STEPS):
+        X = X / beta.clamp(min=tiny)[:, None]
+        Y = _without(X @ W.T @ W, A)
+        if j:
+            T[:, j, j - 1] = T[:, j - 1, j] = beta.double()
+            Y -= beta[:, None] * previous
+        alpha = (X * Y).sum(1)
+        T[:, j, j] = alpha.double()
+        previous, X = X, Y - alpha[:, None] * X
+        beta = X.norm(dim=1)
+    return T, beta.double(), norms.double()
+
+
+def _without(X: Tensor, A: Tensor) -> Tensor:
+    """Return the rows of X less their part in the span of A's orthonormal rows; twice, for what rounding leaves."""
+    for _ in range(2):
+        X = X - (X @ A.T) @ A
+    return X
+
+
+def _radau(T: Tensor, last: Tensor, end: float) -> tuple[Tensor, Tensor]:
+    """Return nodes and weights of the Gauss-Radau rule of each T with a node at `end`, above all eigenvalues."""
+    count, size, _ = T.shape
+    unit = torch.eye(size, dtype=T.dtype, device=T.device)
+    tail = torch.linalg.solve(T - end * unit, unit[:, -1].expand(count, size))[:, -1]
+    longer = torch.nn.functional.pad(T, (0, 1, 0, 1))
+    longer[:, -1, -2] = longer[:, -2, -1] = last
+    longer[:, -1, -1] = end + last.square() * tail
+    nodes, vectors = torch.linalg.eigh(longer)
+    return nodes, vectors[:, 0].square()
+
+
+class _Start(NamedTuple):
+    """What the polynomial is applied to, X (sparse or dense rows), beside outliers U (rows) and their eigenvalues."""
+
+    X: Tensor
+    U: Tensor
+    heights: Tensor
+    cut: float
+
+
+def _search(
+    W: Tensor, rank: int, width: int, options: RandomizedSolver, generator: torch.Generator, notes: list[str]
+) -> tuple[Found, float]:
+    """Return terms and the bound on their excess, after as many turns as it takes or may take; adds a note on each."""
+    gram = row_gram(W.T)
+    start = _scout(gram, width, generator)
+    for turn in range(1, options.max_iterations + 1):
+        vectors, images = _ritz(W, _filtered(gram, start))
+        found = measured(W, vectors[:rank], images[:rank])
+        above = excess(W, found, generator)
+        how = f"Chebyshev filter of degree {3 * turn} on {width} directions in {str(W.dtype).removeprefix('torch.')}"
+        notes.append(f"{how}: error at most {above:.2%} above the least")
+        if above <= options.tolerance or found.coarse(options.tolerance):
+            break
+        values = torch.linalg.vector_norm(images, dim=1)
+        start = _split(vectors, values.square(), float(values[-1]) ** 2)
+    return found, above
+
+
+def _scout(gram: Tensor, width: int, generator: torch.Generator) -> _Start:
+    """Return a sparse sketch, and the outliers and the cut that a block Krylov space of Wᵀ W shows.
+
+    Its Ritz values, each weighed by what the random first block holds of its vector, are the Gauss quadrature of the
+    eigenvalue density, from which the cut is read: Lin, Saad & Yang (2016), doi:10.1137/130934283.
+    """
+    X = _normal(BLOCK, len(gram), gram, generator)
+    basis = products = X[:0]
+    for _ in range(BLOCKS):
+        for _ in range(2):
+            X = orthonormal(_without(X, basis))
+        basis, X = torch.cat([basis, X]), X @ gram
+        products = torch.cat([products, X])
+    values, vectors = (x.flip(-1) for x in torch.linalg.eigh((basis @ products.T).double()))
+    above = vectors[:BLOCK].square().mean(0).cumsum(0)
+    place = int((above < width / len(gram)).sum().clamp(max=len(values) - 1))
+    start = _split(vectors.T.to(gram.dtype) @ basis, values.to(gram.dtype), float(values[place]))
+    return start._replace(X=_sparse_signs(width - len(start.U), gram, generator))
+
+
+def _split(vectors: Tensor, values: Tensor, cut: float) -> _Start:
+    """Return the vectors (rows, largest value first) as a start, those far above the cut as its outliers."""
+    cut = MARGIN * max(cut, torch.finfo(values.dtype).eps * float(values[0]))
+    high = values > OUTLIER * cut
+    return _Start(vectors[~high], vectors[high], values[high], cut)
+
+
+def _filtered(gram: Tensor, start: _Start) -> Tensor:
+    """Return rows that span the outliers and T₃(2 gram / cut - I) of the start: small below the cut, steep above.
+
+    The outliers are taken down to the cut for it, so that their rounding does not drown the rest.
+    """
+    X, cut = start.X, start.cut
+    if len(start.U):
+        gram = torch.addmm(gram, start.U.T * (cut - start.heights), start.U)
+    product = X @ gram
+    X = X.to_dense() if X.is_sparse else X
+    first = product.mul_(2 / cut).sub_(X)
+    second = torch.addmm(X + 2 * first, first, gram, beta=-1, alpha=4 / cut)
+    third = torch.addmm(first + 2 * second, second, gram, beta=-1, alpha=4 / cut)
+    return orthonormal(torch.cat([start.U, third]))
+
+
+def _ritz(W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Ritz vectors of WᵀW in the span of independent, near orthonormal rows, largest first, and their images.
+
+    Found in float64 where values span orders of magnitude: eigh is accurate to eps of the largest, and mixes those below.
+    The coefficients are made orthonormal again, since eigh in float32 leaves them 1e-5 off.
+    """
+    images = basis @ W.T
+    L = torch.linalg.cholesky(row_gram(basis))
+    half = torch.linalg.solve_triangular(L, row_gram(images), upper=False)
+    H = torch.linalg.solve_triangular(L, half.T, upper=False)
+    wide = float(H.diagonal().min()) < 1e-3 * float(H.diagonal().max())
+    vectors = torch.linalg.eigh(H.double() if wide else H)[1].T.flip(0)
+    C = torch.linalg.solve_triangular(L, orthonormal(vectors.to(H.dtype)), upper=False, left=False)
+    return C @ basis, C @ images
+
+
+def _sparse_signs(rows: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a sparse sketch (rows, columns) with NONZEROS signs in each column."""
+    shape, device = (NONZEROS, like.shape[1]), generator.device
+    index = torch.stack([torch.randperm(shape[1], generator=generator, device=device) for _ in range(NONZEROS)]) % rows
+    signs = torch.randint(2, shape, generator=generator, device=device).to(like.dtype) * 2 - 1
+    place = torch.stack([index, torch.arange(shape[1], device=device).expand(shape)]).flatten(1)
+    return torch.sparse_coo_tensor(place, signs.flatten(), (rows, shape[1]), check_invariants=True).to(like.device)
+
+
+def _normal(rows: int, columns: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(rows, columns, generator=generator, dtype=like.dtype, device=generator.device)
+    return drawn.to(like.device)

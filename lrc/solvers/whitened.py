@@ -61,7 +61,7 @@ def whitened(
     L = root(C, "gram", options.damping, "eigh" if options.variant in ("v2", "eigh") else "cholesky")
     target = propagated_target(weight, moments, options.blend, center=center)
     cross = cross_moment(moments, center)
-    if options.update == "lstsq" and cross is not None:
+    if options.update == "lstsq" and cross is not None and L.weight > 0:
         terms = ordered_terms(target, None, L, min(weight.shape), torch.float64)
         terms = refit(terms.A, weight, cross, L, max_rank, storage_dtype(weight))
     else:

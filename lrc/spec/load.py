@@ -1,5 +1,6 @@
 """From a spec file, presets, imports and overrides to a `Document`; every error has its file and line."""
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -25,7 +26,7 @@ def load_document(spec: "str | Path | Mapping[str, Any]", overrides: Sequence[st
     """
     file: Path | None = None
     if isinstance(spec, Mapping):
-        data, places = _resolve(dict(spec), {}, Path.cwd(), "spec")
+        data, places = _resolve(copy.deepcopy(dict(spec)), {}, Path.cwd(), "spec")
     elif str(spec).startswith("preset:"):
         data, places = preset(str(spec).removeprefix("preset:"))
     else:
@@ -73,44 +74,56 @@ def _known_part(data: Any, loc: Sequence[str | int]) -> Place:
     return tuple(path)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], Places]:
+def _read(file: Path, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], Places]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise SpecError(str(file), message="no such file", hint="`lrc init MODEL` writes one") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(str(file), message=f"the file cannot be read: {error}") from error
-    return _parsed(text, str(file), file.parent)
+    return _parsed(text, str(file), file.parent, (*above, str(file.resolve())))
 
 
-def _parsed(text: str, where: str, folder: Path) -> tuple[dict[str, Any], Places]:
+def _parsed(text: str, where: str, folder: Path, above: tuple[str, ...]) -> tuple[dict[str, Any], Places]:
     data, lines = parse(text, where)
     if not isinstance(data, dict):
         got = "an empty file" if data is None else type(data).__name__
-        raise SpecError(where, expected="a mapping of keys", got=got, hint="Start the file with `version: 1`")
+        raise SpecError(f"{where}:1", expected="a mapping of keys", got=got, hint="Start the file with `version: 1`")
     places = {path: f"{where}:{line}" for path, line in lines.items()}
-    return _resolve(data, places, folder, where)
+    return _resolve(data, places, folder, where, above)
 
 
-def _resolve(data: dict[str, Any], places: Places, folder: Path, where: str) -> tuple[dict[str, Any], Places]:
-    """Put what `imports` and `preset` name under the data; what the data says itself wins, key by key."""
+def _resolve(
+    data: dict[str, Any], places: Places, folder: Path, where: str, above: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], Places]:
+    """Put what `imports` and `preset` name under the data; what the data says itself wins, key by key.
+
+    above: the files and presets that are being read, so that none builds on itself.
+    """
     base: dict[str, Any] = {}
-    base_places: Places = {}
-    for name in _words(data.pop("imports", []), "imports", places, where):
-        _merge(base, base_places, *_read(folder / name))
-    for name in _words(data.pop("preset", []), "preset", places, where):
-        _merge(base, base_places, *preset(name))
+    base_places: Places = {(): places.get((), where)}
+    for name, place in _words(data.pop("imports", []), "imports", places, where):
+        file = folder / name
+        if str(file.resolve()) in above:
+            raise SpecError(place, message=f"`{name}` imports itself, directly or through another file")
+        if not file.is_file():
+            raise SpecError(place, message=f"there is no file {file}", hint="`imports` start at the spec's own folder")
+        _merge(base, base_places, *_read(file, above))
+    for name, place in _words(data.pop("preset", []), "preset", places, where):
+        _merge(base, base_places, *preset(name, place, above))
     if not base:
         return data, places
     _merge(base, base_places, data, places)
     return base, base_places
 
 
-def _words(value: Any, key: str, places: Places, where: str) -> list[str]:
+def _words(value: Any, key: str, places: Places, where: str) -> list[tuple[str, str]]:
+    """Return the names under a key, each with its place."""
     names = [value] if isinstance(value, str) else value
+    own = places.get((key,), where)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise SpecError(places.get((key,), where), expected=f"a name or a list of names as `{key}`", got=repr(value))
-    return names
+        raise SpecError(own, expected=f"a name or a list of names as `{key}`", got=repr(value))
+    return [(name, places.get((key, i), own)) for i, name in enumerate(names)]
 
 
 def _merge(base: dict[str, Any], base_places: Places, data: Mapping[str, Any], places: Places, at: Place = ()) -> None:
@@ -126,15 +139,17 @@ def _merge(base: dict[str, Any], base_places: Places, data: Mapping[str, Any], p
         base_places |= {p: place for p, place in places.items() if p[: len(path)] == path}
 
 
-def preset(name: str) -> tuple[dict[str, Any], Places]:
-    """Return a ready spec by name. Raises SpecError that lists the known ones."""
-    known = preset_names()
+def preset(name: str, place: str = "", above: tuple[str, ...] = ()) -> tuple[dict[str, Any], Places]:
+    """Return a ready spec by name. place: where it is named. Raises SpecError that lists the known ones."""
+    known, own = preset_names(), f"preset:{name}"
+    if own in above:
+        raise SpecError(place, message=f"the preset {name!r} builds on itself")
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known) or 'none'}"
-        raise SpecError(f"preset:{name}", message="there is no preset of this name", hint=hint)
+        raise SpecError(place or own, message=f"there is no preset {name!r}", hint=hint)
     file = resources.files(PRESETS) / f"{name}.yaml"
-    return _parsed(file.read_text(encoding="utf-8"), f"preset:{name}", Path.cwd())
+    return _parsed(file.read_text(encoding="utf-8"), own, Path.cwd(), (*above, own))
 
 
 def preset_names() -> list[str]:
@@ -151,26 +166,34 @@ def apply_override(data: dict[str, Any], override: str, places: Places) -> None:
     path, equals, value = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise SpecError(f"override {override!r}", expected="section.key=value", got=override)
+        raise SpecError(f"override {override!r}", expected="section.key=value", got=override or "nothing")
     here: Any = data
     for i, key in enumerate(keys):
         last = i == len(keys) - 1
         if isinstance(here, list):
-            if not key.isdigit() or int(key) >= len(here):
+            if not key.isdecimal() or int(key) >= len(here):
                 at = ".".join(keys[:i])
                 raise SpecError(f"override {override!r}", expected=f"an index below {len(here)} in `{at}`", got=key)
             slot: Any = int(key)
         elif isinstance(here, dict):
             slot = key
             if not last and not isinstance(here.get(key), dict | list):
+                if keys[i + 1].isdecimal():
+                    raise SpecError(f"override {override!r}", message=f"`{'.'.join(keys[: i + 1])}` is no list")
                 here[key] = {}
+                _set_place(places, keys[: i + 1], override)
         else:
             raise SpecError(f"override {override!r}", message=f"`{'.'.join(keys[:i])}` has no keys")
         if last:
             here[slot] = parse_value(value)
         else:
             here = here[slot]
-    prefix = tuple(int(key) if key.isdigit() else key for key in keys)
+    _set_place(places, keys, override)
+
+
+def _set_place(places: Places, keys: Sequence[str], override: str) -> None:
+    """Say that everything from a path on comes from an override."""
+    prefix = tuple(int(key) if key.isdecimal() else key for key in keys)
     for stale in [place for place in places if place[: len(prefix)] == prefix]:
         del places[stale]
     places[prefix] = f"override {override!r}"

@@ -1,6 +1,6 @@
 """One grammar of names for `targets` and `ignore`.
 
-`encoder.layer.*.attention.**`: `*` inside one part of a name, `**` across parts, `{a,b}` one of several; `re:…` a regular
+`encoder.layer.*.attention.**`: `*` inside one part of a name, `**` across parts, `{a,b*}` one of several; `re:…` a regular
 expression for the whole name; `type:Linear` a class; `layers:[0-3]` an index range. Ordered, the last match wins.
 """
 
@@ -64,7 +64,10 @@ def check_pattern(pattern: str) -> None:
     """Raise ValueError for a pattern that is malformed."""
     if pattern.startswith("layers:"):
         layer_range(pattern)
-    elif not pattern.startswith("type:"):
+    elif pattern.startswith("type:"):
+        if not pattern.removeprefix("type:").isidentifier():
+            raise ValueError(f"expected `type:` and the name of a class, got {pattern!r}")
+    else:
         to_regex(pattern)
 
 
@@ -76,10 +79,10 @@ def layer_of(fqn: str) -> int | None:
 def layer_range(pattern: str) -> tuple[int, int]:
     """Return the bounds of `layers:[0-3]` or `layers:[2]`. Raises ValueError."""
     found = re.fullmatch(r"layers:\[(\d+)(?:-(\d+))?\]", pattern)
-    if not found:
+    low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if low > high:
         raise ValueError(f"expected `layers:[first-last]`, got {pattern!r}")
-    low = int(found[1])
-    return low, int(found[2]) if found[2] else low
+    return low, high
 
 
 def to_regex(pattern: str) -> re.Pattern[str]:
@@ -89,8 +92,8 @@ def to_regex(pattern: str) -> re.Pattern[str]:
             return re.compile(pattern.removeprefix("re:"))
         except re.error as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-    if pattern.count("{") != pattern.count("}"):
-        raise ValueError(f"{pattern!r} has an unclosed brace")
+    if re.search(r"[{}]", re.sub(r"\{[^{}]*\}", "", pattern)):
+        raise ValueError(f"{pattern!r} has an unclosed or nested brace")
     return re.compile("".join(_piece(token) for token in re.findall(TOKEN, pattern)))
 
 
@@ -102,5 +105,6 @@ def _piece(token: str) -> str:
     if token in special:
         return special[token]
     if token.startswith("{") and token.endswith("}"):
-        return "(?:" + "|".join(re.escape(word.strip()) for word in token[1:-1].split(",")) + ")"
+        words = [re.findall(r"\*\*|\*|[^*]+", word.strip()) for word in token[1:-1].split(",")]
+        return "(?:" + "|".join("".join(map(_piece, word)) for word in words) + ")"
     return re.escape(token)

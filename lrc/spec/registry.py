@@ -50,6 +50,11 @@ def tag_of(options: type[SpecModel]) -> str:
     return required[0]
 
 
+def with_article(word: str) -> str:
+    """Return `a pass`, `an export format`."""
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
 class Registry:
     """The rules of one kind, by name. Entry points are read at the first look-up, never at import."""
 
@@ -128,8 +133,8 @@ class Registered:
         if not isinstance(value, dict) or not isinstance(value.get(tag), str):
             raise PydanticCustomError(
                 "registered_type",
-                "expected a {kind}: a name, or a mapping with `{tag}`; known: {known}",
-                {"kind": self.registry.kind, "tag": tag, "known": ", ".join(self.registry.names())},
+                "expected {kind}: a name, or a mapping with `{tag}`; known: {known}",
+                {"kind": with_article(self.registry.kind), "tag": tag, "known": ", ".join(self.registry.names())},
             )
         return self.registry.get(value[tag]).options.model_validate(value)
 

@@ -10,9 +10,10 @@ def json_schema() -> dict[str, Any]:
     """Return the schema of the spec with everything that is registered."""
     schema = Document.model_json_schema(by_alias=True)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    names = {"type": ["string", "array"], "items": {"type": "string"}}
     extra = {
-        "preset": {"description": "A ready spec, or several, that this one builds on.", "type": ["string", "array"]},
-        "imports": {"description": "Files that this spec builds on, from its folder.", "type": ["string", "array"]},
+        "preset": {"description": "A ready spec, or several, that this one builds on.", **names},
+        "imports": {"description": "Files that this spec builds on, from its folder.", **names},
     }
     schema["properties"] = {**schema["properties"], **extra}
     return schema

@@ -33,7 +33,12 @@ def parse(text: str, where: str) -> tuple[Any, dict[Path, int]]:
 
     Raises SpecError with file and line for what is no YAML, for a key given twice, and for aliases that contain themselves.
     """
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        got = f"the control character U+{int(error.character):04X}"
+        raise SpecError(f"{where}:{line}", expected="YAML", got=got) from error
     try:
         node = loader.get_single_node()
         lines: dict[Path, int] = {}
@@ -43,7 +48,9 @@ def parse(text: str, where: str) -> tuple[Any, dict[Path, int]]:
         line = mark.line + 1 if mark else 1
         raise SpecError(f"{where}:{line}", expected="YAML", got=str(error.problem or error)) from error
     except yaml.YAMLError as error:
-        raise SpecError(where, expected="YAML", got=str(error).splitlines()[0]) from error
+        raise SpecError(f"{where}:1", expected="YAML", got=str(error).splitlines()[0]) from error
+    except RecursionError as error:
+        raise SpecError(f"{where}:1", message="the file is nested too deeply") from error
     finally:
         loader.dispose()
 
@@ -63,10 +70,10 @@ def _build(loader: _Loader, node: yaml.Node, path: Path, lines: dict[Path, int],
     if isinstance(node, yaml.MappingNode):
         data: dict[Any, Any] = {}
         for key_node, value_node in node.value:
-            key = loader.construct_object(key_node)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise SpecError(f"{where}:{line}", expected="a word as key", got=repr(key))
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key_node.tag != "tag:yaml.org,2002:str":
+                got = key if isinstance(key, str) else "a collection"
+                raise SpecError(f"{where}:{line}", expected="a word as key", got=got or "nothing")
             if key in data:
                 raise SpecError(f"{where}:{line}", message=f"the key `{key}` is given twice", hint="Remove one")
             data[key] = _build(loader, value_node, (*path, key), lines, where)
@@ -74,6 +81,16 @@ def _build(loader: _Loader, node: yaml.Node, path: Path, lines: dict[Path, int],
         return data
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, part, (*path, i), lines, where) for i, part in enumerate(node.value)]
+    try:
+        return _scalar(loader, node)
+    except (ValueError, KeyError) as error:  # a tag that its value does not fit
+        tag = node.tag.rpartition(":")[2]
+        raise SpecError(
+            f"{where}:{node.start_mark.line + 1}", expected=f"a value of the type {tag}", got=node.value[:40]
+        ) from error
+
+
+def _scalar(loader: _Loader, node: yaml.Node) -> Any:
     if node.tag == "tag:yaml.org,2002:float":
         return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
     if node.tag == "tag:yaml.org,2002:int":

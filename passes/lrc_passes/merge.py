@@ -27,11 +27,12 @@ class Merge(PassOptions):
 @site_pass(Merge)
 def merge(site: Site, statistics: Statistics, options: Merge) -> Rewrite | Keep:
     """X -> the cheapest equal map that the rules of `lrc.maps.simplify` reach, or Dense(X.dense())."""
+    before = site.map
     if not options.dense:
-        made, notes = simplify(site.map)
+        made, notes = simplify(before)
         return Rewrite(made, notes) if notes else Keep("nothing to fold")
-    made = fold(site.map)
-    if made is site.map:
+    made = fold(before)
+    if made is before:
         return Keep("nothing to fold: the map is one dense weight")
-    before, after = site.map.cost().parameters, made.cost().parameters
-    return Rewrite(made, (f"folded to one dense weight, {before} -> {after} numbers",))
+    sizes = f"{before.cost().parameters} -> {made.cost().parameters}"
+    return Rewrite(made, (f"folded to one dense weight, {sizes} numbers",))

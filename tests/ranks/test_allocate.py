@@ -46,6 +46,19 @@ def test_global_never_predicts_a_higher_loss_than_uniform(sites: list[SiteCurve]
     assert loss(sites, shared) <= loss(sites, equal)
 
 
+def test_where_the_budget_cuts_the_relaxation_badly_the_uniform_choice_is_taken() -> None:
+    """Without the comparison, the one step that the budget lets through would go to the wrong site."""
+    sites = [
+        curve(3, 3, seed=162, decay=0.0, form="two_factor", name="0"),
+        curve(5, 5, seed=825, decay=0.5, form="two_factor", name="1"),
+    ]
+    equal = allocated(sites, 0.8, "uniform")
+    assert equal is not None
+    assert [choice.rank for choice in equal.values()] == [1, 2]
+    assert allocated(sites, 0.8, "global") == equal
+    assert loss(sites, equal) == pytest.approx(least_loss(sites, 0.8), rel=1e-6)
+
+
 @settings(max_examples=30, deadline=None)
 @given(sites=several(), kept=kept_shares, round_to=st.integers(1, 4), allocate=st.sampled_from(["global", "uniform"]))
 def test_every_chosen_rank_shrinks_its_layer_in_steps_of_round_to(

@@ -11,11 +11,15 @@ from torch import nn
 import lrc
 from lrc.data import batches_of
 from lrc.measure import Cache
-from lrc.program import Program
 from lrc.run import Session
 
 GOLDEN = Path(__file__).parent / "golden"
 Compile = Callable[..., lrc.Compiled]
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(in_tmp: Path) -> None:
+    """Run every test in a folder of its own."""
 
 
 @pytest.fixture
@@ -47,10 +51,12 @@ def session(tmp_path: Path) -> Callable[..., Session]:
 def compiled(tmp_path: Path) -> Compile:
     """A function that compiles a module with one pass `factorize`, by default the perceptron on its calibration data."""
 
-    def run(model: nn.Module | Program | None = None, *, calibration: Any = None, **options: Any) -> lrc.Compiled:
-        inputs = {"x": tiny.mlp_inputs()}
-        given = tiny.calibration_of_mlp() if calibration is None else calibration
-        spec = tiny.factorize(**options)
-        return lrc.compile(model or tiny.mlp(), spec, inputs=inputs, calibration=given, cache=tmp_path / "cache")
+    def run(model: nn.Module | None = None, *, inputs: Any = None, calibration: Any = None, **options: Any) -> lrc.Compiled:
+        given = tiny.captured_mlp() if model is None else model
+        examples = {"x": tiny.mlp_inputs()} if inputs is None else inputs
+        batches = tiny.calibration_of_mlp() if calibration is None else calibration
+        return lrc.compile(
+            given, tiny.factorize(**options), inputs=examples, calibration=batches, cache=tmp_path / "cache"
+        )  # fmt: skip
 
     return run

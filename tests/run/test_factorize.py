@@ -124,9 +124,7 @@ def test_the_error_falls_as_the_rank_grows_and_is_the_predicted_one(compiled: Co
 def test_the_predicted_output_error_is_the_one_on_the_calibration_data(compiled: Compile) -> None:
     model = nn.Sequential(nn.Linear(12, 20)).eval()
     x = torch.cat([batch["x"] for batch in tiny.calibration_of_mlp()])
-    done = lrc.compile(
-        model, tiny.factorize(solver="whitened", rank=4), inputs=(tiny.mlp_inputs(),), calibration=[(x,)],
-    )  # fmt: skip
+    done = compiled(model, calibration=[(x,)], inputs=(tiny.mlp_inputs(),), solver="whitened", rank=4, form="two_factor")
     squared = errors(model, done, x).square().sum(-1).mean()
     assert done.plan.decisions[0].predicted == pytest.approx(float(squared), rel=1e-4)
 
@@ -146,10 +144,11 @@ def test_data_makes_the_output_error_smaller_than_the_weight_alone(compiled: Com
 
 def test_layers_fitted_behind_compressed_ones_give_a_lower_output_error(compiled: Compile) -> None:
     x = torch.cat([batch["x"] for batch in tiny.calibration_of_mlp()])
+    solver = {"type": "whitened", "blend": 1.0}
     for seed in range(3):
         model = tiny.mlp(seed)
         losses = [
-            float(errors(model, compiled(model, solver={"type": "whitened", "propagate": way, "blend": 1.0}, rank=3), x).square().mean())
+            float(errors(model, compiled(model, solver={**solver, "propagate": way}, rank=3), x).square().mean())
             for way in ("dense", "compressed")
         ]
         assert losses[1] < losses[0]
@@ -162,12 +161,12 @@ def test_what_a_site_waits_for_is_in_the_plan(compiled: Compile) -> None:
 
 def test_running_twice_equals_once(compiled: Compile) -> None:
     """A product of rank r decomposes into itself: the second pass finds nothing smaller, and keeps every map."""
-    options = {"type": "factorize", "solver": "kfac", "rank": 5}
+    options = {"type": "factorize", "solver": "kfac", "rank": 5, "form": "two_factor"}
     x = tiny.mlp_inputs(5, seed=9)
-    once = compiled(solver="kfac", rank=5)
+    once = compiled(solver="kfac", rank=5, form="two_factor")
     spec = {"version": 1, "passes": [options, options]}
-    twice = lrc.compile(tiny.mlp(), spec, inputs={"x": tiny.mlp_inputs()}, calibration=tiny.calibration_of_mlp())
-    assert {d.keep for d in twice.plan.of_pass(1)} == {"rank 5 needs no fewer bytes than the weight has now"}
+    twice = lrc.compile(tiny.captured_mlp(), spec, calibration=tiny.calibration_of_mlp())
+    assert twice.plan.of_pass(1)[1].keep == "rank 5 needs 720 bytes, what stands there 720 (Chain[16,5,20])"
     assert str(twice.program) == str(once.program)
     assert torch.equal(twice.module(x), once.module(x))
 
@@ -176,13 +175,11 @@ def test_running_twice_equals_once(compiled: Compile) -> None:
 def test_half_precision_models_keep_their_dtype(dtype: torch.dtype, compiled: Compile) -> None:
     model = of_rank(4).to(dtype)
     batches = [{"x": batch["x"].to(dtype)} for batch in tiny.calibration_of_mlp()]
-    done = lrc.compile(
-        model, tiny.factorize(solver="kfac", rank=4), inputs={"x": batches[0]["x"]}, calibration=batches
-    )  # fmt: skip
+    done = compiled(model, calibration=batches, inputs=batches[0], solver="kfac", rank=4)
     assert {t.dtype for t in done.program.tensors().values() if t.is_floating_point()} == {dtype}
     assert set(ranks_of(done).values()) == {4}
     x = batches[1]["x"]
-    spread = float(model(x).double().std())
+    spread = float(model(x).detach().double().std())
     assert errors(model, done, x).square().mean().sqrt() <= 4 * 3 * torch.finfo(dtype).eps * spread
 
 
@@ -281,9 +278,9 @@ def test_a_tied_head_is_kept_with_the_reason(compiled: Compile) -> None:
 
 def test_untying_gives_the_head_its_own_weight_and_leaves_the_embedding(compiled: Compile) -> None:
     model, ids = Tied().eval(), torch.arange(20).reshape(2, 10)
-    done = lrc.compile(model, tiny.factorize(targets=["head"], rank=3, tied="untie"), inputs={"ids": ids})
+    done = lrc.compile(model, tiny.factorize(targets=["head"], rank=3, tied="untie", form="two_factor"), inputs={"ids": ids})
     assert ranks_of(done) == {"head": 3}
-    assert done.plan.parameters[1] == done.plan.parameters[0] + 3 * (30 + 12 - 3)  # the embedding stays
+    assert done.plan.parameters[1] == done.plan.parameters[0] + 3 * (30 + 12)  # the embedding stays
     grafted = done.graft(model)
     assert torch.equal(grafted.get_parameter("embedding.weight"), model.embedding.weight)
     assert torch.equal(grafted(ids), done.module(ids))
@@ -330,7 +327,7 @@ def test_a_solver_that_needs_data_says_so_when_there_is_none() -> None:
 
 
 def test_a_budget_that_cannot_be_met_says_what_can(compiled: Compile) -> None:
-    with pytest.raises(UsageError, match=r"rank\.params_kept: expected at least 0\.\d+ \(rank 1 everywhere\), got 0\.01"):
+    with pytest.raises(UsageError, match=r"rank\.params_kept: expected at least 0\.\d+ .*, got 0\.01"):
         compiled(solver="kfac", rank={"params_kept": 0.01})
 
 
