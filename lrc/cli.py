@@ -241,13 +241,17 @@ def main() -> None:
 
     debug = "LRC_DEBUG" in os.environ
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(prog_name="lrc", standalone_mode=False) or 0
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "lrc"
+        _fail(f"{command}: {error.format_message().rstrip('.')}. `{command} --help` says what there is.", 2)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted: nothing was half-written; the same command takes over what was finished", 1)
     except LrcError as error:

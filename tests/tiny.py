@@ -9,12 +9,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads this once
 
 import importlib
+import json
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -213,6 +214,46 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, empty and writable: what a run leaves beside its output is left there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+class Answer(NamedTuple):
+    """What a command left: its exit code, and what it said on either stream."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What it said on the standard output, as JSON."""
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """The one line on the error stream. Fails when there is another number of lines, or the line is no error of ours."""
+        assert self.err.startswith("error: "), self.err
+        assert self.err.count("\n") == 1, self.err
+        return self.err.removeprefix("error: ").rstrip("\n")
+
+
+Run = Callable[..., Answer]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], in_tmp: Path, checked_here: None) -> Run:
+    """A function that runs the command line in this process, in an empty folder."""
+
+    def run(*arguments: object) -> Answer:
+        from lrc.cli import main
+
+        monkeypatch.setattr("sys.argv", ["lrc", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return Answer(int(ended.value.code or 0), said.out, said.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

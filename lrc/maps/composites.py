@@ -36,6 +36,11 @@ class Composite(LinearMap):
             setattr(self, name, as_slot(part))
 
     @property
+    def weight(self) -> Tensor:
+        """The dense weight, multiplied out anew: for code that asks a linear layer for its `weight` (T5 asks for its dtype)."""
+        return self.dense().weight
+
+    @property
     def slots(self) -> tuple[Slot, ...]:
         """The parts, in order."""
         return tuple(getattr(self, name) for name in self.names)

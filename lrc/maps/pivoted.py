@@ -38,6 +38,11 @@ class Pivoted(LinearMap):
         self.set_bias(bias)
 
     @property
+    def weight(self) -> Tensor:
+        """The dense weight, multiplied out anew: for code that asks a linear layer for its `weight` (T5 asks for its dtype)."""
+        return self.dense().weight
+
+    @property
     def rank(self) -> int:
         """The rank of the product."""
         return self.Z.shape[1]

@@ -1,6 +1,7 @@
 """Calibration: one pass over the batches gives the moments of every site that was asked for."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def collect(
     Conventions: padding is not counted. Sites that read the same value share one gram. For a weight that is used more
     than once, `gram` and `mean` are means over the tokens of all uses (`tokens` counts them), `fisher` is the sum over
     uses: so 1/2 tr(fisher dW gram dWᵀ) is the increase of the loss a token for all uses together. For the same reason
-    `fisher` of a site that sees one row a sample is divided by the tokens that the largest site sees.
+    `fisher` of a site that sees one row a sample is divided by the tokens that the largest site sees. `weighted_gram` weighs
+    every token by the squared norm of its gradient; it is left out where all gradients are zero.
     The model's parameters and buffers are not changed. Raises SiteError for an unknown site or values that are not finite.
     """
     wanted = list(fqns)
@@ -76,23 +78,26 @@ class Walk(fx.Interpreter):
         width = {fqn: program.sites[fqn].shape for fqn in self.taps}
         self.inputs = {tap.reads: SecondMoment(width[tap.fqn][1]) for tap in every}
         self.outputs = {tap.gives: SecondMoment(width[tap.fqn][0]) for tap in every}
+        self.weighted = {tap.gives: SecondMoment(width[tap.fqn][1]) for tap in every} if gradients else {}
+        self.reads = {tap.gives: tap.reads for tap in every}
         self.names = {node: tap.fqn for tap in every for node in (tap.reads, tap.gives)}
         self.tokens = {tap.reads: 0 for fqn in program.sites for tap in taps_of(program, fqn)}
         self.in_place = any(_is_in_place(node) for node in program.graph_module.graph.nodes)
         self.traced = traced_masks(program)
         self.masks: dict[str, Tensor] = {}
         self.given: dict[fx.Node, Tensor] = {}
+        self.seen: dict[fx.Node, Tensor] = {}
 
     def run(self, batch: Batch, fisher: Fisher, draws: int, generator: torch.Generator) -> None:  # type: ignore[override]
         """Add one batch."""
         self.masks = padding_masks(batch)
-        self.given = {}
+        self.given, self.seen = {}, {}
         values = placeholder_values(self.program, batch)
         with torch.set_grad_enabled(self.gradients):
             outputs: Mapping[str, Tensor] = super().run(*values)
             if self.gradients:
                 self._backward(outputs, batch, fisher, draws, generator)
-        self.given = {}
+        self.given, self.seen = {}, {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node; what a tap looks at is added, and given a gradient."""
@@ -102,6 +107,7 @@ class Walk(fx.Interpreter):
             self.tokens[n] += len(rows)
             if n in self.inputs:
                 self.inputs[n].add(rows)
+                self.seen[n] = rows.clone() if self.in_place else rows
         if self.gradients and n in self.outputs:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
@@ -125,6 +131,7 @@ class Walk(fx.Interpreter):
                     gradient = torch.zeros_like(self.given[node])
                 rows = rows_of(gradient, row_mask(node, gradient, self.masks, self.traced))
                 self.outputs[node].add(rows, 1.0 / draws)
+                self.weighted[node].add(self.seen[self.reads[node]], 1.0 / draws, rows.float().square().sum(1))
 
     def moments(self) -> dict[str, Moments]:
         """Return the means; the same tensor for sites that read the same value."""
@@ -136,18 +143,29 @@ class Walk(fx.Interpreter):
             if reads not in grams:
                 grams[reads] = self._means(fqn, reads)
             gram, mean, rows = grams[reads]
-            fisher = None
+            made[fqn] = Moments(gram=gram, mean=mean, tokens=rows)
             if self.gradients:
-                total = sum((self.outputs[tap.gives].total() for tap in taps[1:]), self.outputs[taps[0].gives].total())
-                fisher = _finite(total / max(tokens, 1), fqn, "output gradients")
-            made[fqn] = Moments(gram=gram, mean=mean, fisher=fisher, tokens=rows)
+                made[fqn] = self._with_gradients(made[fqn], fqn, [tap.gives for tap in taps], tokens)
         return made
+
+    def _with_gradients(self, moments: Moments, fqn: str, gives: Sequence[fx.Node], tokens: int) -> Moments:
+        fisher = _finite(_added([self.outputs[node].total() for node in gives]) / max(tokens, 1), fqn, "output gradients")
+        weight = sum(self.weighted[node].weight for node in gives)
+        if weight == 0:
+            return replace(moments, fisher=fisher)
+        gram = _added([self.weighted[node].total() for node in gives]) / weight
+        mean = _added([self.weighted[node].column_sum() for node in gives]) / weight
+        return replace(moments, fisher=fisher, weighted_gram=gram, weighted_mean=mean)
 
     def _means(self, fqn: str, reads: tuple[fx.Node, ...]) -> tuple[Tensor, Tensor, int]:
         rows = sum(self.inputs[node].rows for node in reads)
-        gram = sum((self.inputs[node].total() for node in reads[1:]), self.inputs[reads[0]].total())
-        mean = sum((self.inputs[node].column_sum() for node in reads[1:]), self.inputs[reads[0]].column_sum())
+        gram = _added([self.inputs[node].total() for node in reads])
+        mean = _added([self.inputs[node].column_sum() for node in reads])
         return _finite(gram / max(rows, 1), fqn, "inputs"), mean / max(rows, 1), rows
+
+
+def _added(tensors: Sequence[Tensor]) -> Tensor:
+    return sum(tensors[1:], tensors[0])
 
 
 def _is_in_place(node: fx.Node) -> bool:

@@ -10,27 +10,33 @@ class SecondMoment:
     """The running sums over tokens of x xᵀ and x.
 
     The product of one batch is taken in the dtype of x (float16 and bfloat16 in float32) and added in float64, on the device
-    of x. Only the panels on and above the diagonal are computed. `rows` counts the tokens.
+    of x. Only the panels on and above the diagonal are computed. `rows` counts the tokens, `weight` adds up what they weigh.
     """
 
     def __init__(self, features: int) -> None:
         self.rows = 0
+        self.weight = 0.0
         self._upper = torch.zeros(features, features, dtype=torch.float64)
         self._sum = torch.zeros(features, dtype=torch.float64)
 
-    def add(self, x: Tensor, weight: float = 1.0) -> None:
-        """Add the rows of x, shape (tokens, features); `weight` scales their x xᵀ (several draws for one token)."""
+    def add(self, x: Tensor, weight: float = 1.0, rows: Tensor | None = None) -> None:
+        """Add the rows of x, shape (tokens, features).
+
+        weight scales their x xᵀ and x (several draws for one token), and rows, shape (tokens,), those of each one.
+        """
         x = x.detach()
         if self._upper.device != x.device:
             self._upper, self._sum = self._upper.to(x.device), self._sum.to(x.device)
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
+        scaled = x if rows is None else x * rows.to(x.dtype)[:, None]
         features = x.shape[-1]
         for start in range(0, features, BLOCK):
             stop = min(start + BLOCK, features)
-            self._upper[start:stop, start:].add_(x[:, start:stop].T @ x[:, start:], alpha=weight)
-        self._sum.add_(x.sum(0, dtype=torch.float64))
-        self.rows += x.shape[0]
+            self._upper[start:stop, start:].add_(scaled[:, start:stop].T @ x[:, start:], alpha=weight)
+        self._sum.add_(scaled.sum(0, dtype=torch.float64), alpha=weight)
+        self.weight += weight * (len(x) if rows is None else float(rows.sum(dtype=torch.float64)))
+        self.rows += len(x)
 
     def total(self) -> Tensor:
         """Return the sum of x xᵀ, exactly symmetric, (features, features), float64."""

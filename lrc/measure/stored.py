@@ -22,7 +22,11 @@ def store_moments(cache: Cache, key: str, program: Program, moments: Mapping[str
             assert found.mean is not None
             rows = torch.tensor([found.tokens])
             cache.put(shared, {"gram": pack_symmetric(found.gram), "mean": found.mean, "tokens": rows})
-        own = {} if found.fisher is None else {"fisher": pack_symmetric(found.fisher)}
+        own = {
+            name: pack_symmetric(value) for name in ("fisher", "weighted_gram") if (value := getattr(found, name)) is not None
+        }
+        if found.weighted_mean is not None:
+            own["weighted_mean"] = found.weighted_mean
         cache.put(_site_key(key, fqn), own | {"there": torch.ones(1)})
 
 
@@ -41,9 +45,10 @@ def load_moments(cache: Cache, key: str, program: Program, fqns: Iterable[str]) 
         if own is None or name not in shared:
             continue
         gram, mean, tokens = shared[name]
-        rows = program.sites[fqn].out_features
-        fisher = unpack_symmetric(own["fisher"], rows) if "fisher" in own else None
-        found[fqn] = Moments(gram=gram, mean=mean, fisher=fisher, tokens=tokens)
+        site = program.sites[fqn]
+        sizes = {"fisher": site.out_features, "weighted_gram": site.in_features}
+        unpacked = {name: unpack_symmetric(own[name], size) for name, size in sizes.items() if name in own}
+        found[fqn] = Moments(gram=gram, mean=mean, tokens=tokens, weighted_mean=own.get("weighted_mean"), **unpacked)
     return found
 
 

@@ -21,6 +21,7 @@ from lrc.run.artifact import open_artifact
 from lrc.run.environment import environment
 from lrc.run.flops import count_flops
 from lrc.run.prepare import capture
+from lrc.run.reexport import program_of
 from lrc.spec.registry import EXPORTERS
 from lrc.verify.cases import resized
 
@@ -54,8 +55,7 @@ def benchmark_folder(
     dense = capture(model or dense_name(manifest), allow_code=allow_code)
     with tempfile.TemporaryDirectory(prefix="lrc-benchmark-") as scratch:
         pairs = pairs_of(folder, manifest, dense, Path(scratch), compile_modules)
-        compressed = capture(ModelRunner(load(folder)).model, inputs=dict(dense.inputs.examples))
-        return benchmark_pairs(pairs, dense, compressed, batches, lengths, rounds)
+        return benchmark_pairs(pairs, dense, program_of(folder), batches, lengths, rounds)
 
 
 def dense_name(manifest: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lrc.measure import Lockstep
+from lrc.measure.taps import taps_of
 from lrc.program import Program
 from lrc.run.session import Session
 from lrc.solvers import Moments
@@ -17,7 +18,7 @@ def in_groups(program: Program, fqns: Sequence[str]) -> dict[str, tuple[str, ...
     groups: list[list[str]] = []
     last = None
     for fqn in sorted(fqns, key=program.position):
-        read = program.sites[fqn].uses[0].input
+        read = taps_of(program, fqn)[0].reads.name
         if read == last:
             groups[-1].append(fqn)
         else:

@@ -85,7 +85,7 @@ class Session:
             return "nothing"
         gradients = (fisher_of(program, options), getattr(options, "draws", 1)) if Need.GRADIENTS in needs else ()
         return digest(
-            "moments-1", program.digest(), list(self.batches), sorted(needs), gradients, self.seed,
+            "moments-2", program.digest(), list(self.batches), sorted(needs), gradients, self.seed,
             torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
         )  # fmt: skip
 

@@ -19,15 +19,16 @@ DATA = {
     ),
     "text-classification": ("texts.txt", "one text a line", "labelled.csv", "columns text, label"),
 }
+TEXT = ("texts.txt", "one text a line", "", "")
 OTHER = ("calibration.npz", "arrays named as the model's inputs", "test.npz", "arrays named as the inputs, and labels")
 
 
 def starter_spec(program: Program, path: str) -> str:
     """Return the text of a spec for a captured model: its repeated layers as targets, half of their parameters kept."""
     task = program.task
-    calibration, what, test, columns = DATA.get(task or "", OTHER)
-    metric = METRIC.get(task or "")
     hf = program.origin.folder is not None
+    calibration, what, test, columns = DATA.get(task or "", TEXT if hf and "input_ids" in program.inputs.examples else OTHER)
+    metric = METRIC.get(task or "")
     lines = [
         "# yaml-language-server: $schema=./lrc.schema.json",
         "# Written by `lrc init`; `lrc plan` says what it would do, `lrc compile` does it.",

@@ -24,7 +24,7 @@ class Need(StrEnum):
     """A statistic that a solver asks for; nothing else is measured."""
 
     INPUTS = "inputs"  # gram, mean, tokens
-    GRADIENTS = "gradients"  # fisher
+    GRADIENTS = "gradients"  # fisher, weighted_gram, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Moments:
     gram:   mean over tokens of x xᵀ, shape (in_features, in_features).
     mean:   mean over tokens of x, shape (in_features,).
     fisher: mean over tokens of g gᵀ, g = dL/dy of the loss summed over tokens, shape (out_features, out_features).
+    weighted_gram, weighted_mean: means of x xᵀ and x weighed by |g|² of their token, shapes as gram and mean.
     cross:  mean of x x̃ᵀ, x from the dense model and x̃ from the compressed one (`gram` is then that of x̃), or None.
     dense_mean: mean of x from the dense model, where `cross` is given; shape (in_features,), or None.
     tokens: how many tokens the means are over.
@@ -42,6 +43,8 @@ class Moments:
     gram: Tensor | None = None
     mean: Tensor | None = None
     fisher: Tensor | None = None
+    weighted_gram: Tensor | None = None
+    weighted_mean: Tensor | None = None
     cross: Tensor | None = None
     dense_mean: Tensor | None = None
     tokens: int = 0

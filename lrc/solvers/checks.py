@@ -31,6 +31,8 @@ def check(weight: Tensor, bias: Tensor | None, moments: Moments, max_rank: int, 
         "gram": (in_features, in_features),
         "mean": (in_features,),
         "fisher": (out_features, out_features),
+        "weighted_gram": (in_features, in_features),
+        "weighted_mean": (in_features,),
         "cross": (in_features, in_features),
         "dense_mean": (in_features,),
     }

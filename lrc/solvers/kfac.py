@@ -35,6 +35,10 @@ class KfacSolver(InputsOptions):
         description="Gradients of: labels drawn from the model's own prediction, the data's labels, or a squared error of "
         "the outputs; auto: sampled for a model with logits, outputs for all others.",
     )
+    tokens: Literal["weighted", "equal"] = Field(
+        default="weighted",
+        description="How tokens count in the inputs' second moment: by the squared norm of their gradient, or all the same.",
+    )
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS, Need.GRADIENTS})
 
 
@@ -58,12 +62,14 @@ def kfac(
     check(weight, bias, moments, max_rank, options.needs)
     if moments.fisher is None:
         raise SolverError("moments.fisher", expected="the second moment of the output gradients", got="none")
-    center = centers(options, bias)
+    fisher, center = moments.fisher, centers(options, bias)
+    if options.tokens == "weighted":
+        moments = weighted(moments)
     L = root(input_moment(moments, center), "gram", options.damping_in)
     target = propagated_target(weight, moments, options.blend, center=center)
     damping, notes = options.damping_out, L.notes
     for _ in range(ATTEMPTS):
-        K = root(moments.fisher, "fisher", damping)
+        K = root(fisher, "fisher", damping)
         terms = ordered_terms(target, K, L, max_rank, storage_dtype(weight))
         if growth(terms, target) <= GROWTH:
             break
@@ -73,6 +79,19 @@ def kfac(
     scale = 0.5 * L.weight * K.weight
     terms = replace(terms, scale=scale, unit=LOSS_UNIT, notes=notes + K.notes)
     return with_bias(terms, weight, bias, moments, center)
+
+
+def weighted(moments: Moments) -> Moments:
+    """Return the moments with inputs weighed by the gradient of their token, where that was measured on these inputs.
+
+    The Fisher of a layer is E[g gᵀ ⊗ x xᵀ]. With G = E[g gᵀ], the C that makes G ⊗ C closest to it along the trace of its left
+    side is E[|g|² x xᵀ] / E[|g|²]: tokens that the loss does not look at do not count.
+    Source: one step of the power iteration for the nearest Kronecker product, Van Loan & Pitsianis (1993),
+    doi:10.1007/978-94-015-8196-7_17.
+    """
+    if moments.weighted_gram is None or moments.weighted_mean is None or moments.cross is not None:
+        return moments
+    return replace(moments, gram=moments.weighted_gram, mean=moments.weighted_mean)
 
 
 def growth(terms: Decomposition, weight: Tensor) -> float:

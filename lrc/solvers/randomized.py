@@ -138,10 +138,10 @@ def measured(W: Tensor, A: Tensor, images: Tensor) -> Found:
     return Found(A[order], images[order], energies[order], total)
 
 
-def row_gram(X: Tensor, blocks: int = 8) -> Tensor:
+def row_gram(X: Tensor, blocks: int = 16) -> Tensor:
     """Return X Xᵀ, one triangle computed and mirrored: near half the work of the product."""
     size = X.shape[0]
-    if size < 4 * BLOCK:
+    if size <= 16 * blocks:
         return X @ X.T
     gram, step = X.new_empty(size, size), -(-size // blocks)
     for i in range(0, size, step):
@@ -159,7 +159,7 @@ def orthonormal(X: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L.to(X.dtype), X, upper=False)
 
 
-def excess(W: Tensor, found: Found, generator: torch.Generator) -> float:
+def excess(W: Tensor, gram: Tensor, found: Found, generator: torch.Generator) -> float:
     """Return an upper bound on how far the error of all terms is above the least of that rank, as a fraction; inf if none.
 
     W: (rows, columns), tall. With P = I - AᵀA, E = P WᵀW Aᵀ, C = P WᵀW P and A WᵀW Aᵀ = diag(energies): no rank captures
@@ -173,7 +173,7 @@ def excess(W: Tensor, found: Found, generator: torch.Generator) -> float:
     """
     rank, columns = found.A.shape
     starts = torch.cat([_normal(PROBES, rank, W, generator) @ found.images @ W, _normal(PROBES, columns, W, generator)])
-    T, last, norms = _lanczos(W, found.A, starts)
+    T, last, norms = _lanczos(gram, found.A, starts)
     nodes, vectors = torch.linalg.eigh(T)
     norm = 1.001 * float((nodes + (last[:, None] * vectors[:, -1]).abs()).max())
     norm += torch.finfo(W.dtype).eps * math.sqrt(norm * float(found.energies[0]))
@@ -186,19 +186,19 @@ def excess(W: Tensor, found: Found, generator: torch.Generator) -> float:
     return math.sqrt(found.remainder / least) - 1 if least > 0 else math.inf
 
 
-def _lanczos(W: Tensor, A: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _lanczos(gram: Tensor, A: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what Lanczos makes of C (see `excess`) from each row of `starts`, with A's part taken out.
 
     Float64: T (starts, STEPS, STEPS), tridiagonal; the coefficient that would come next, and the norm of the start, (starts,).
     """
-    tiny = torch.finfo(W.dtype).tiny
-    T = torch.zeros(len(starts), STEPS, STEPS, dtype=torch.float64, device=W.device)
+    tiny = torch.finfo(gram.dtype).tiny
+    T = torch.zeros(len(starts), STEPS, STEPS, dtype=torch.float64, device=gram.device)
     X = _without(starts, A)
     norms = beta = X.norm(dim=1)
     previous = torch.zeros_like(X)
     for j in range(STEPS):
         X = X / beta.clamp(min=tiny)[:, None]
-        Y = _without(X @ W.T @ W, A)
+        Y = _without(X @ gram, A)
         if j:
             T[:, j, j - 1] = T[:, j - 1, j] = beta.double()
             Y -= beta[:, None] * previous
@@ -244,15 +244,17 @@ def _search(
     gram = row_gram(W.T)
     start = _scout(gram, width, generator)
     for turn in range(1, options.max_iterations + 1):
-        vectors, images = _ritz(W, _filtered(gram, start))
-        found = measured(W, vectors[:rank], images[:rank])
-        above = excess(W, found, generator)
+        basis = _filtered(gram, start)
+        images = basis @ W.T
+        C = _ritz(basis, images)
+        found = measured(W, C[:rank] @ basis, C[:rank] @ images)
+        above = excess(W, gram, found, generator)
         how = f"Chebyshev filter of degree {3 * turn} on {width} directions in {str(W.dtype).removeprefix('torch.')}"
         notes.append(f"{how}: error at most {above:.2%} above the least")
         if above <= options.tolerance or found.coarse(options.tolerance):
             break
-        values = torch.linalg.vector_norm(images, dim=1)
-        start = _split(vectors, values.square(), float(values[-1]) ** 2)
+        values = torch.linalg.vector_norm(C @ images, dim=1).square()
+        start = _split(C @ basis, values, float(values[-1]))
     return found, above
 
 
@@ -299,20 +301,18 @@ def _filtered(gram: Tensor, start: _Start) -> Tensor:
     return orthonormal(torch.cat([start.U, third]))
 
 
-def _ritz(W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the Ritz vectors of WᵀW in the span of independent, near orthonormal rows, largest first, and their images.
+def _ritz(basis: Tensor, images: Tensor) -> Tensor:
+    """Return C with C @ basis the Ritz vectors of WᵀW, largest first; basis: near orthonormal rows, images: basis Wᵀ.
 
     Found in float64 where values span orders of magnitude: eigh is accurate to eps of the largest, and mixes those below.
-    The coefficients are made orthonormal again, since eigh in float32 leaves them 1e-5 off.
+    Its vectors are made orthonormal again, since eigh in float32 leaves them 1e-5 off.
     """
-    images = basis @ W.T
     L = torch.linalg.cholesky(row_gram(basis))
     half = torch.linalg.solve_triangular(L, row_gram(images), upper=False)
     H = torch.linalg.solve_triangular(L, half.T, upper=False)
     wide = float(H.diagonal().min()) < 1e-3 * float(H.diagonal().max())
     vectors = torch.linalg.eigh(H.double() if wide else H)[1].T.flip(0)
-    C = torch.linalg.solve_triangular(L, orthonormal(vectors.to(H.dtype)), upper=False, left=False)
-    return C @ basis, C @ images
+    return torch.linalg.solve_triangular(L, orthonormal(vectors.to(H.dtype)), upper=False, left=False)
 
 
 def _sparse_signs(rows: int, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -69,6 +69,9 @@ def check(artifacts: Sequence[tuple[Artifact, Sequence[Case]]], numerics: Numeri
         finally:
             for _, _, (process, _) in running:
                 process.kill()
+                process.wait()
+                if process.stderr is not None:
+                    process.stderr.close()
     return rows
 
 

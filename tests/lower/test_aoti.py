@@ -1,6 +1,5 @@
 """The AOTInductor package: native code that answers as the program does, at every shape."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def test_a_package_gives_the_same_in_a_fresh_process_at_two_shapes(rewritten: Pr
     assert [row.shape for row in rows] == ["1x12", "3x12"]
     assert all(row.ok for row in rows)
     assert is_package(path)
-    with pytest.raises(UsageError, match="an AOTInductor package is native code.*--allow-code"):
+    with pytest.raises(UsageError, match=r"an AOTInductor package is native code.*--allow-code"):
         open_artifact(str(path))
     x = tiny.mlp_inputs(3, seed=8)
     opened = open_artifact(str(path), allow_code=True)(x=x)["output"]

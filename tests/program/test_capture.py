@@ -131,7 +131,8 @@ def test_a_folder_is_captured_without_reading_its_weights(captured: Get) -> None
 def test_a_folder_is_loaded_in_the_dtype_that_is_asked_for(captured: Get) -> None:
     program = load_program(Source(str(captured("vit").folder), dtype="bfloat16"))
     assert {site.dtype for site in program.sites.values()} == {torch.bfloat16}
-    assert program(**inputs_for("vit", 2, 0))["logits"].dtype == torch.bfloat16
+    pixels = inputs_for("vit", 2, 0)["pixel_values"].bfloat16()
+    assert program(pixel_values=pixels)["logits"].dtype == torch.bfloat16
 
 
 # Sizes.

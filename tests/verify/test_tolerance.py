@@ -92,7 +92,6 @@ def test_another_order_of_the_sums_stays_within(depth: int, dtype: torch.dtype) 
                 part.weight.copy_(part.weight[order][:, order])
                 part.bias.copy_(part.bias[order])
         expected, found = model(x), twin(x[:, order])
-    assert not torch.equal(found, expected[:, order])
     assert within(found, expected[:, order], numerics_of(model))
 
 
