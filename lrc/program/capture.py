@@ -61,7 +61,7 @@ def _export(model: nn.Module, spec: Inputs, extra: Mapping[str, Any]) -> tuple[t
     for _ in range(ATTEMPTS):
         shapes = spec.dims() | dict.fromkeys(extra)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints half of a graph that it refuses
                 kwargs = {**spec.examples, **extra}
                 return torch.export.export(model, (), kwargs=kwargs, dynamic_shapes=shapes, strict=False), spec
         except Exception as error:  # a model's own code may raise anything

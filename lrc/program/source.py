@@ -128,7 +128,11 @@ def _from_factory(source: Source, allow_code: bool, inputs: Any) -> Program:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ModelError(source.path, message=str(error), hint="Is its folder on PYTHONPATH?") from error
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:  # a user's own code may raise anything
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise ModelError(source.path, message=f"the factory failed: {type(error).__name__}: {first}") from error
     given: Any = inputs
     if isinstance(made, tuple) and len(made) == 2:
         made, own = made

@@ -90,7 +90,7 @@ def compile_to(path: Path, job: Job, *, overwrite: bool = False, resume: bool = 
             with timed(record, f"export {options.format}"):
                 record.artifacts[options.format] = export_step(output, job, options)
         for name, work in (("verify", verify_step), ("evaluate", evaluate_step)):
-            with timed(record, name), kept(record):
+            with timed(record, name), kept(record, name):
                 work(output, job, record, original)
         write_last(output, job, record)
         return record, output.publish()
@@ -194,12 +194,15 @@ def timed(record: Record, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def kept(record: Record) -> Iterator[None]:
+def kept(record: Record, name: str) -> Iterator[None]:
     """Note an error of a check instead of losing the result."""
     try:
         yield
     except LrcError as error:
         record.failures.append(str(error))
+    except Exception as error:  # data, metrics and artifacts may raise anything
+        first = (str(error).strip() or "no message").splitlines()[0]
+        record.failures.append(f"{name}: {type(error).__name__}: {first}")
 
 
 def request_for(program: Program, document: Document, base: Path, *, allow_code: bool) -> Request:

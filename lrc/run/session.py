@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from lrc.data import Batches
-from lrc.errors import UsageError
+from lrc.errors import DataError, UsageError
 from lrc.measure import Cache, collect, digest
 from lrc.measure.cotangents import has_classes
 from lrc.program import Program, Site
@@ -105,18 +105,25 @@ class Session:
     def _collect(
         self, program: Program, key: str, fqns: Sequence[str], needs: frozenset[Need], options: Any
     ) -> dict[str, Moments]:
-        return collect(
-            program,
-            self.batches,
-            fqns,
-            needs,
-            fisher=fisher_of(program, options),
-            draws=getattr(options, "draws", 1),
-            seed=self.seed,
-            cache=self.cache,
-            key=key,
-            progress=lambda done, total: self.progress("calibrate", done, total),
-        )
+        try:
+            return collect(
+                program,
+                self.batches,
+                fqns,
+                needs,
+                fisher=fisher_of(program, options),
+                draws=getattr(options, "draws", 1),
+                seed=self.seed,
+                cache=self.cache,
+                key=key,
+                progress=lambda done, total: self.progress("calibrate", done, total),
+            )
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise DataError(
+                "calibration",
+                message=f"the model does not run on this data: {str(error).strip().splitlines()[0]}",
+                hint=f"It takes {shapes_of(program)}",
+            ) from error
 
     def decompose(self, program: Program, fqns: Sequence[str], options: Any) -> Terms:
         """Return the decompositions of `fqns` for a ranked pass; those that the cache lacks are computed, in parallel."""
@@ -155,6 +162,16 @@ def fisher_of(program: Program, options: Any) -> Any:
     if asked != "auto":
         return asked
     return "sampled" if has_classes(program.task) else "outputs"
+
+
+def shapes_of(program: Program) -> str:
+    """Return what a program takes, in words: `x: [batch, 12]`."""
+    texts = []
+    for name, example in program.inputs.examples.items():
+        dynamic = program.inputs.dynamic.get(name, {})
+        sizes = ", ".join(str(dynamic.get(dim, size)) for dim, size in enumerate(example.shape))
+        texts.append(f"{name}: [{sizes}]")
+    return ", ".join(texts)
 
 
 def max_rank(site: Site, options: Any) -> int:

@@ -18,10 +18,10 @@ from lrc.solvers.base import Decomposition, Moments, SolverOptions, solver
 from lrc.solvers.checks import check
 from lrc.solvers.terms import ordered_terms, storage_dtype, stored
 
-BLOCK, BLOCKS = 64, 4  # of the Krylov space: its random rows, and how many times that many it has
+BLOCK, BLOCKS = 16, 12  # of the Krylov space: its random rows, and how many times that many it has
 WIDEST = 0.75  # of all directions: a wider subspace saves little over the exact decomposition
 EXTRA = 32  # least number of directions beyond the rank
-MARGIN = 0.9  # the polynomial rises from this part of the estimated cut on: too low costs little, too high loses terms
+MARGIN = 0.8  # the polynomial rises from this part of the estimated cut on: too low costs little, too high loses terms
 OUTLIER = 32.0  # times the cut: the polynomial is 1e6 there, as much as float32 bears
 NONZEROS = 8  # per column of the sketch
 PROBES, STEPS = 8, 8  # random starts of each kind, and Lanczos steps from each, in the bound

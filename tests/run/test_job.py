@@ -195,6 +195,16 @@ def test_an_artifact_that_does_not_open_keeps_the_result_and_fails(
     assert "program.pt2" in files_of(done.path)
 
 
+def test_a_check_that_breaks_in_any_way_keeps_the_result(job: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("lrc.run.job.evaluate", broken)
+    done = job(evaluate={"metrics": ["accuracy"], "dataset": "arrays.npz"})
+    assert done.record.failures == ["evaluate: ZeroDivisionError: division by zero"]
+    assert "program.pt2" in files_of(done.path)
+
+
 # Refusals before any work.
 
 
