@@ -31,10 +31,11 @@ from lrc.verify.evaluate import raise_on_missed
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled model in memory, and every way out of it."""
+    """A compiled model in memory, and every way out of it. dense: the program as it was before."""
 
     prepared: Prepared
     plan: Plan
+    dense: Program
 
     @property
     def program(self) -> Program:
@@ -60,13 +61,9 @@ class Compiled:
 
         Raises LrcError when a check fails; the folder is there all the same.
         """
-        done = write(self.prepared_again(), Path(folder), overwrite=overwrite)
+        done = write(self.prepared, Path(folder), overwrite=overwrite, made=self)
         done.raise_on_failure()
         return done.path
-
-    def prepared_again(self) -> Prepared:
-        """Return the finished program with a document that has nothing more to do."""
-        return replace(self.prepared, document=self.prepared.document.model_copy(update={"passes": []}))
 
     def to_onnx(self, path: str | Path) -> Path:
         """Write one ONNX file."""
@@ -163,8 +160,9 @@ def compile(
     )
     if isinstance(model, Program):
         prepared = replace(prepared, program=model.clone())
+    dense = prepared.program.clone()
     made = run_passes(prepared.program, prepared.document.passes, prepared.session)
-    return Compiled(prepared, made)
+    return Compiled(prepared, made, dense)
 
 
 def compile_to_folder(
@@ -193,9 +191,15 @@ def compile_to_folder(
 
 
 def write(
-    prepared: Prepared, path: Path, *, overwrite: bool = False, resume: bool = True, allow_code: bool = False
+    prepared: Prepared,
+    path: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    allow_code: bool = False,
+    made: Compiled | None = None,
 ) -> Finished:
-    """Run a prepared job into a folder."""
+    """Run a prepared job into a folder. made: what is compiled already; its passes are not run again."""
     text = prepared.file.read_text(encoding="utf-8") if prepared.file else to_yaml(prepared.document)
     job = Job(
         program=prepared.program,
@@ -204,9 +208,11 @@ def write(
         request=request_for(prepared.program, prepared.document, prepared.base, allow_code=allow_code),
         spec_text=text,
         finish=about,
+        plan=None if made is None else made.plan,
+        original=None if made is None else made.dense,
     )
-    record, made = compile_to(path, job, overwrite=overwrite, resume=resume)
-    return Finished(made, record)
+    record, published = compile_to(path, job, overwrite=overwrite, resume=resume)
+    return Finished(published, record)
 
 
 def about(record: Record, spec: str) -> Mapping[str, str]:

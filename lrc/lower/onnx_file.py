@@ -115,7 +115,7 @@ def clean(model: Any) -> None:
 
 def name_sizes(model: Any, program: Program) -> None:
     """Call the dynamic sizes as the program calls them (`batch`, `sequence`), where torch.export has made up names."""
-    names = {}
+    names: dict[str, str] = {}
     for value in model.graph.input:
         sizes = value.type.tensor_type.shape.dim
         names |= {sizes[dim].dim_param: name for dim, name in program.inputs.dynamic.get(value.name, {}).items()}

@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal
+from typing import IO, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -73,11 +73,11 @@ class Archive(io.RawIOBase):
 
 
 @contextmanager
-def archive_at(path: Path) -> Iterator[Archive]:
+def archive_at(path: Path) -> Iterator[IO[bytes]]:
     """Give a file for torch to write an archive to. Raises OSError at the end when the disk did not take it."""
     with path.open("wb") as file:
         archive = Archive(file)
-        yield archive
+        yield cast(IO[bytes], archive)  # torch asks for more of it than it uses
         if archive.error is not None:
             raise archive.error
 

@@ -1,9 +1,11 @@
 """From a module, an exported program or an FX graph to a `Program`."""
 
+import io
 import re
 import sysconfig
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import replace
 from inspect import signature
 from itertools import islice

@@ -48,7 +48,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done. request: how data of the spec is read; finish: files that are written last, from the record."""
+    """What is to be done. request: how data of the spec is read; finish: files that are written last, from the record.
+
+    plan, original: of a program whose passes have run already, what they did and the program before them.
+    """
 
     program: Program
     document: Document
@@ -56,6 +59,8 @@ class Job:
     request: Request
     spec_text: str
     finish: Callable[[Record, str], Mapping[str, str]]
+    plan: Plan | None = None
+    original: Program | None = None
 
     def exports(self) -> list[ExportOptions]:
         """Return what is exported: as the spec says, but always a form that `lrc.load` reads."""
@@ -82,10 +87,11 @@ def compile_to(path: Path, job: Job, *, overwrite: bool = False, resume: bool = 
     """
     output = OutputFolder(path, job.key(), overwrite=overwrite, resume=resume)
     with output:
-        record = Record(plan=Plan(()), model=model_name(job.program))
-        original = job.program.clone()
-        with timed(record, "passes"):
-            record.plan = run_passes(job.program, job.document.passes, job.session)
+        record = Record(plan=job.plan or Plan(()), model=model_name(job.program))
+        original = job.original or job.program.clone()
+        if job.plan is None:
+            with timed(record, "passes"):
+                record.plan = run_passes(job.program, job.document.passes, job.session)
         for options in job.exports():
             with timed(record, f"export {options.format}"):
                 record.artifacts[options.format] = export_step(output, job, options)

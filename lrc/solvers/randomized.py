@@ -22,7 +22,8 @@ BLOCK, BLOCKS = 16, 12  # of the Krylov space: its random rows, and how many tim
 WIDEST = 0.75  # of all directions: a wider subspace saves little over the exact decomposition
 EXTRA = 32  # least number of directions beyond the rank
 MARGIN = 0.8  # the polynomial rises from this part of the estimated cut on: too low costs little, too high loses terms
-OUTLIER = 32.0  # times the cut: the polynomial is 1e6 there, as much as float32 bears
+OUTLIER = 32.0  # times the cut, above which a vector is taken aside
+GROWTH = 3e6  # of the polynomial, as much as float32 bears
 NONZEROS = 8  # per column of the sketch
 PROBES, STEPS = 8, 8  # random starts of each kind, and Lanczos steps from each, in the bound
 ROUNDING = 8.0  # eps ||W||_F², by which a measured squared error may be off
@@ -249,8 +250,8 @@ def _search(
         C = _ritz(basis, images)
         found = measured(W, C[:rank] @ basis, C[:rank] @ images)
         above = excess(W, gram, found, generator)
-        how = f"Chebyshev filter of degree {3 * turn} on {width} directions in {str(W.dtype).removeprefix('torch.')}"
-        notes.append(f"{how}: error at most {above:.2%} above the least")
+        bound = f"at most {above:.2%} above the least" if above < math.inf else "not bounded"
+        notes.append(f"filter {turn} on {width} directions in {str(W.dtype).removeprefix('torch.')}: error {bound}")
         if above <= options.tolerance or found.coarse(options.tolerance):
             break
         values = torch.linalg.vector_norm(C @ images, dim=1).square()
@@ -286,19 +287,29 @@ def _split(vectors: Tensor, values: Tensor, cut: float) -> _Start:
 
 
 def _filtered(gram: Tensor, start: _Start) -> Tensor:
-    """Return rows that span the outliers and T₃(2 gram / cut - I) of the start: small below the cut, steep above.
+    """Return rows that span the outliers and T(2 gram / cut - I) of the start: at most 1 below the cut, steep above.
 
-    The outliers are taken down to the cut for it, so that their rounding does not drown the rest.
+    The outliers are taken down to the cut for it, and the degree of the Chebyshev polynomial T is what GROWTH allows of 3:
+    rounding in the largest directions must not drown the others.
     """
     X, cut = start.X, start.cut
     if len(start.U):
         gram = torch.addmm(gram, start.U.T * (cut - start.heights), start.U)
     product = X @ gram
-    X = X.to_dense() if X.is_sparse else X
-    first = product.mul_(2 / cut).sub_(X)
-    second = torch.addmm(X + 2 * first, first, gram, beta=-1, alpha=4 / cut)
-    third = torch.addmm(first + 2 * second, second, gram, beta=-1, alpha=4 / cut)
-    return orthonormal(torch.cat([start.U, third]))
+    ratio = _top(gram, product[:BLOCK]) / cut
+    before = X.to_dense() if X.is_sparse else X
+    now = product.mul_(2 / cut).sub_(before)
+    for growth in (8 * ratio**2, 32 * ratio**3):
+        if growth < GROWTH:
+            before, now = now, torch.addmm(before + 2 * now, now, gram, beta=-1, alpha=4 / cut)
+    return orthonormal(torch.cat([start.U, now]))
+
+
+def _top(gram: Tensor, X: Tensor) -> float:
+    """Return about the largest eigenvalue: what three steps of the power method make of rows X."""
+    for _ in range(3):
+        X = torch.nn.functional.normalize(X) @ gram
+    return float(X.norm(dim=1).max())
 
 
 def _ritz(basis: Tensor, images: Tensor) -> Tensor:

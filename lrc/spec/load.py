@@ -39,6 +39,8 @@ def load_document(spec: "str | Path | Mapping[str, Any]", overrides: Sequence[st
 
 def validated(data: Mapping[str, Any], places: Mapping[Place, str], where: str) -> Document:
     """Return the document. Raises SpecError that lists every mistake with its place."""
+    if isinstance(data.get("version"), bool):  # equal to 1 in Python, not in a file
+        raise SpecError(places.get(("version",), where), message=f"version: expected 1, got {str(data['version']).lower()}")
     if data.get("version") is None:
         raise SpecError(places.get((), where), message="the key `version` is missing", hint="Start the file with `version: 1`")
     try:

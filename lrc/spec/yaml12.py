@@ -8,6 +8,7 @@ import yaml
 from lrc.errors import SpecError
 
 Path = tuple[str | int, ...]
+LARGEST = 100_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,6 +67,8 @@ def parse_value(text: str) -> Any:
 def _build(loader: _Loader, node: yaml.Node, path: Path, lines: dict[Path, int], where: str) -> Any:
     if len(path) > 60:
         raise SpecError(f"{where}:{node.start_mark.line + 1}", message="the file is nested too deeply")
+    if len(lines) > LARGEST:  # aliases of aliases: a small file may stand for any number of values
+        raise SpecError(f"{where}:{node.start_mark.line + 1}", message=f"the file has more than {LARGEST} values")
     lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         data: dict[Any, Any] = {}

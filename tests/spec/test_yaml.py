@@ -147,3 +147,10 @@ def test_the_value_of_an_override_is_yaml(text: str, value: Any) -> None:
 @pytest.mark.parametrize("text", ["**", "*.dense", "[a", "@x", "a: b: c", "{a: 1, a: 2}"])
 def test_the_value_of_an_override_that_is_no_yaml_is_a_word(text: str) -> None:
     assert parse_value(text) == text
+
+
+def test_aliases_of_aliases_cannot_fill_the_memory() -> None:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]" for before, name in zip("abcdef", "bcdefg", strict=True)]
+    with pytest.raises(SpecError, match=r"bomb\.yaml:\d+: the file has more than 100000 values"):
+        parse("\n".join(lines), "bomb.yaml")

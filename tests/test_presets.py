@@ -1,0 +1,80 @@
+"""Every preset compiles a tiny model, with nothing but data added."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+import lrc
+from lrc.api import compile_to_folder
+from lrc.solvers import BUILTIN
+from lrc.spec.load import load_document, preset_names
+from lrc.spec.registry import SOLVERS
+
+SOLVER_NAMES = {rule.name for rule in BUILTIN}
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(in_tmp: Path, checked_here: None) -> None:
+    """Run every test in a folder of its own."""
+
+
+def needs_of(name: str) -> set[str]:
+    """The solvers that a preset names."""
+    text = (resources.files("lrc_specs") / f"{name}.yaml").read_text(encoding="utf-8")
+    solvers = [step.get("solver") for step in yaml.safe_load(text)["passes"]]
+    return {solver if isinstance(solver, str) else solver["type"] for solver in solvers if solver is not None}
+
+
+def spec_of(name: str, data: Path) -> Path:
+    """A spec that builds on a preset: the preset's name and data, and ranks that a tiny layer can have."""
+    path = Path("spec.yaml")
+    path.write_text(f"version: 1\npreset: {name}\ncalibration: {{dataset: {data / 'calib.txt'}, samples: 12, max_length: 12}}\n")
+    return path
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, data: Path) -> None:
+    absent = needs_of(name) - SOLVER_NAMES
+    if absent:
+        pytest.skip(f"skipped: the solver {', '.join(sorted(absent))} is not there yet")
+    folder = bert if "onnx" in name else llama
+    overrides = ["passes.0.round_to=8"] if name == "lord" else []  # no tiny layer has a rank of 128
+    done = compile_to_folder(str(folder), spec_of(name, data), overrides=overrides, output="out")
+    done.raise_on_failure()
+    plan = done.record.plan
+    assert any(decision.rank is not None for decision in plan.decisions)
+    assert plan.parameters[1] < plan.parameters[0]
+    assert plan.bytes[1] < plan.bytes[0]
+    assert all(row["ok"] for row in done.record.parity)
+    kept = {d.name: d.keep for d in plan.decisions if d.keep}
+    assert not any("lm_head" in site for site in kept)
+    assert lrc.load("out") is not None
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_says_what_it_is_and_is_complete(name: str) -> None:
+    text = (resources.files("lrc_specs") / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    if needs_of(name) - set(SOLVERS.names()):
+        pytest.skip("skipped: its solver is not there yet")
+    document, file = load_document(f"preset:{name}")
+    assert file is None
+    assert document.passes
+    assert document.export
+
+
+def test_there_is_a_preset_for_every_solver() -> None:
+    named: set[Any] = set().union(*(needs_of(name) for name in preset_names()))
+    assert named >= SOLVER_NAMES
+
+
+def test_what_a_spec_says_itself_wins_over_its_preset() -> None:
+    Path("spec.yaml").write_text("version: 1\npreset: svd\nexport: [onnx]\noutput: here\n")
+    document, _ = load_document("spec.yaml")
+    assert [options.format for options in document.export] == ["onnx"]  # type: ignore[attr-defined]  # of the exports
+    assert document.output == "here"
+    assert document.passes[0].solver.type == "svd"  # type: ignore[attr-defined]  # of factorize
