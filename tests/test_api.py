@@ -255,7 +255,6 @@ def test_saving_a_transformers_model_gives_a_folder_that_the_auto_classes_load(b
     done.save("out")
     from transformers import AutoModel
 
-
     import_module("lrc.hf")  # registers our classes
     ids = torch.tensor([[4, 5, 6]])
     found = AutoModel.from_pretrained("out").eval()(input_ids=ids).last_hidden_state

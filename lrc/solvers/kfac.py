@@ -35,9 +35,12 @@ class KfacSolver(InputsOptions):
         description="Gradients of: labels drawn from the model's own prediction, the data's labels, or a squared error of "
         "the outputs; auto: sampled for a model with logits, outputs for all others.",
     )
-    tokens: Literal["weighted", "equal"] = Field(
-        default="weighted",
-        description="How tokens count in the inputs' second moment: by the squared norm of their gradient, or all the same.",
+    focus: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the inputs' second moment in which a token counts by the squared norm of its gradient; in the rest "
+        "all tokens count the same.",
     )
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS, Need.GRADIENTS})
 
@@ -63,8 +66,7 @@ def kfac(
     if moments.fisher is None:
         raise SolverError("moments.fisher", expected="the second moment of the output gradients", got="none")
     fisher, center = moments.fisher, centers(options, bias)
-    if options.tokens == "weighted":
-        moments = weighted(moments)
+    moments = focused(moments, options.focus)
     L = root(input_moment(moments, center), "gram", options.damping_in)
     target = propagated_target(weight, moments, options.blend, center=center)
     damping, notes = options.damping_out, L.notes
@@ -81,17 +83,19 @@ def kfac(
     return with_bias(terms, weight, bias, moments, center)
 
 
-def weighted(moments: Moments) -> Moments:
-    """Return the moments with inputs weighed by the gradient of their token, where that was measured on these inputs.
+def focused(moments: Moments, focus: float) -> Moments:
+    """Return the moments with a share `focus` of the inputs weighed by the gradient of their token, where that was measured.
 
     The Fisher of a layer is E[g gᵀ ⊗ x xᵀ]. With G = E[g gᵀ], the C that makes G ⊗ C closest to it along the trace of its left
-    side is E[|g|² x xᵀ] / E[|g|²]: tokens that the loss does not look at do not count.
+    side is E[|g|² x xᵀ] / E[|g|²]: tokens that the loss does not look at do not count. That C rests on few tokens where
+    gradients have heavy tails, as those of language models do, hence the other share.
     Source: one step of the power iteration for the nearest Kronecker product, Van Loan & Pitsianis (1993),
     doi:10.1007/978-94-015-8196-7_17.
     """
-    if moments.weighted_gram is None or moments.weighted_mean is None or moments.cross is not None:
+    gram, mean = moments.weighted_gram, moments.weighted_mean
+    if gram is None or mean is None or moments.gram is None or moments.mean is None or moments.cross is not None:
         return moments
-    return replace(moments, gram=moments.weighted_gram, mean=moments.weighted_mean)
+    return replace(moments, gram=torch.lerp(moments.gram, gram, focus), mean=torch.lerp(moments.mean, mean, focus))
 
 
 def growth(terms: Decomposition, weight: Tensor) -> float:

@@ -22,8 +22,7 @@ BLOCK, BLOCKS = 16, 12  # of the Krylov space: its random rows, and how many tim
 WIDEST = 0.75  # of all directions: a wider subspace saves little over the exact decomposition
 EXTRA = 32  # least number of directions beyond the rank
 MARGIN = 0.8  # the polynomial rises from this part of the estimated cut on: too low costs little, too high loses terms
-OUTLIER = 32.0  # times the cut, above which a vector is taken aside
-GROWTH = 3e6  # of the polynomial, as much as float32 bears
+OUTLIER = 32.0  # times the cut: the polynomial is 1e6 there, as much as float32 bears
 NONZEROS = 8  # per column of the sketch
 PROBES, STEPS = 8, 8  # random starts of each kind, and Lanczos steps from each, in the bound
 ROUNDING = 8.0  # eps ||W||_F², by which a measured squared error may be off
@@ -71,7 +70,7 @@ def randomized(
         found, above = _search(tall(weight, dtype), max_rank, width, options, generator, notes)
         if above <= options.tolerance:
             return replace(found.terms(weight), bias=bias, notes=tuple(notes))
-        if not found.coarse(options.tolerance):
+        if not found.coarse(options.tolerance) and above < math.inf:
             break
     return replace(exact(weight, max_rank), bias=bias, notes=(*notes, "exact eigh of the Gram matrix"))
 
@@ -252,7 +251,7 @@ def _search(
         above = excess(W, gram, found, generator)
         bound = f"at most {above:.2%} above the least" if above < math.inf else "not bounded"
         notes.append(f"filter {turn} on {width} directions in {str(W.dtype).removeprefix('torch.')}: error {bound}")
-        if above <= options.tolerance or found.coarse(options.tolerance):
+        if above <= options.tolerance or found.coarse(options.tolerance) or above == math.inf:
             break
         values = torch.linalg.vector_norm(C @ images, dim=1).square()
         start = _split(C @ basis, values, float(values[-1]))
@@ -260,10 +259,11 @@ def _search(
 
 
 def _scout(gram: Tensor, width: int, generator: torch.Generator) -> _Start:
-    """Return a sparse sketch, and the outliers and the cut that a block Krylov space of Wᵀ W shows.
+    """Return a sparse sketch, and the cut and the outliers that a block Krylov space of WᵀW shows.
 
-    Its Ritz values, each weighed by what the random first block holds of its vector, are the Gauss quadrature of the
-    eigenvalue density, from which the cut is read: Lin, Saad & Yang (2016), doi:10.1137/130934283.
+    The cut estimates eigenvalue number `width`. Ritz values, each weighed by what the random first block holds of its vector,
+    are the Gauss quadrature of the eigenvalue density (Lin, Saad & Yang (2016), doi:10.1137/130934283); they come in groups,
+    one for each application of WᵀW, between whose medians the reciprocal eigenvalue is interpolated.
     """
     X = _normal(BLOCK, len(gram), gram, generator)
     basis = products = X[:0]
@@ -273,9 +273,13 @@ def _scout(gram: Tensor, width: int, generator: torch.Generator) -> _Start:
         basis, X = torch.cat([basis, X]), X @ gram
         products = torch.cat([products, X])
     values, vectors = (x.flip(-1) for x in torch.linalg.eigh((basis @ products.T).double()))
-    above = vectors[:BLOCK].square().mean(0).cumsum(0)
-    place = int((above < width / len(gram)).sum().clamp(max=len(values) - 1))
-    start = _split(vectors.T.to(gram.dtype) @ basis, values.to(gram.dtype), float(values[place]))
+    values = values.clamp(min=torch.finfo(gram.dtype).eps * float(values[0]))
+    shares = vectors[:BLOCK].square().mean(0).view(BLOCKS, BLOCK).sum(1)
+    places, slow = shares.cumsum(0) - shares / 2, 1 / values.view(BLOCKS, BLOCK).median(1).values
+    right = int((places < width / len(gram)).sum().clamp(1, BLOCKS - 1))
+    part = float((width / len(gram) - places[right - 1]) / (places[right] - places[right - 1]))
+    cut = 1 / float(torch.lerp(slow[right - 1], slow[right], min(max(part, 0.0), 1.0)))
+    start = _split(vectors.T.to(gram.dtype) @ basis, values.to(gram.dtype), cut)
     return start._replace(X=_sparse_signs(width - len(start.U), gram, generator))
 
 
@@ -287,29 +291,18 @@ def _split(vectors: Tensor, values: Tensor, cut: float) -> _Start:
 
 
 def _filtered(gram: Tensor, start: _Start) -> Tensor:
-    """Return rows that span the outliers and T(2 gram / cut - I) of the start: at most 1 below the cut, steep above.
+    """Return rows that span the outliers and T₃(2 gram / cut - I) of the start: at most 1 below the cut, steep above.
 
-    The outliers are taken down to the cut for it, and the degree of the Chebyshev polynomial T is what GROWTH allows of 3:
-    rounding in the largest directions must not drown the others.
+    The outliers are taken down to the cut for it, so that their rounding does not drown the others.
     """
     X, cut = start.X, start.cut
     if len(start.U):
         gram = torch.addmm(gram, start.U.T * (cut - start.heights), start.U)
-    product = X @ gram
-    ratio = _top(gram, product[:BLOCK]) / cut
-    before = X.to_dense() if X.is_sparse else X
-    now = product.mul_(2 / cut).sub_(before)
-    for growth in (8 * ratio**2, 32 * ratio**3):
-        if growth < GROWTH:
-            before, now = now, torch.addmm(before + 2 * now, now, gram, beta=-1, alpha=4 / cut)
-    return orthonormal(torch.cat([start.U, now]))
-
-
-def _top(gram: Tensor, X: Tensor) -> float:
-    """Return about the largest eigenvalue: what three steps of the power method make of rows X."""
-    for _ in range(3):
-        X = torch.nn.functional.normalize(X) @ gram
-    return float(X.norm(dim=1).max())
+    first, X = X @ gram * (2 / cut), X.to_dense() if X.is_sparse else X
+    first -= X
+    second = torch.addmm(X + 2 * first, first, gram, beta=-1, alpha=4 / cut)
+    third = torch.addmm(first + 2 * second, second, gram, beta=-1, alpha=4 / cut)
+    return orthonormal(torch.cat([start.U, third]))
 
 
 def _ritz(basis: Tensor, images: Tensor) -> Tensor:
