@@ -1,6 +1,6 @@
 """The Python face on a module of your own: plan, compile, check, graft, train on, save, export.
 
-    python examples/compile_module.py
+python examples/compile_module.py
 """
 
 import tempfile

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,6 @@ def compile(
         allow_code=allow_code,
         progress=progress,
     )
-    if isinstance(model, Program):
-        prepared = replace(prepared, program=model.clone())
     dense = prepared.program.clone()
     made = run_passes(prepared.program, prepared.document.passes, prepared.session)
     return Compiled(prepared, made, dense)

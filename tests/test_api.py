@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lrc
+from lrc.api import compile_to_folder
 from lrc.errors import CaptureError, LowerError, ModelError, UsageError
 from lrc.lower.inductor import compiler
 from lrc.lower.ort import OrtRunner
@@ -72,6 +73,7 @@ def test_a_program_is_compiled_as_often_as_one_likes() -> None:
     before = str(program)
     ranks = [lrc.compile(program, tiny.factorize(rank=r, form="two_factor")).plan.decisions[0].rank for r in (2, 3)]
     assert ranks == [2, 3]
+    compile_to_folder(program, SPEC, output="out")
     assert str(program) == before
     assert program.maps == {}
 

@@ -129,7 +129,7 @@ def capture(
     spec = (document or Document(version=1)).model
     model = spec.path if model is None else model
     if isinstance(model, Program):
-        return model
+        return model.clone()  # passes edit what they are given
     if isinstance(model, torch.export.ExportedProgram):
         return capture_exported(model)
     if isinstance(model, nn.Module):

@@ -36,7 +36,7 @@ class RandomizedSolver(SolverOptions):
         default=0.01, gt=0, le=1, description="How much the Frobenius error may exceed the least one, as a fraction of it."
     )
     oversample: float = Field(
-        default=0.25, gt=0, le=4, description="Directions searched beyond `max_rank`, as a fraction of it."
+        default=0.22, gt=0, le=4, description="Directions searched beyond `max_rank`, as a fraction of it."
     )
     max_iterations: int = Field(
         default=3, ge=1, le=16, description="How often the polynomial is applied before the exact decomposition is taken."
@@ -242,7 +242,7 @@ def _search(
 ) -> tuple[Found, float]:
     """Return terms and the bound on their excess, after as many turns as it takes or may take; adds a note on each."""
     gram = row_gram(W.T)
-    start = _scout(gram, width, generator)
+    start = _scout(gram, rank, width, generator)
     for turn in range(1, options.max_iterations + 1):
         basis = _filtered(gram, start)
         images = basis @ W.T
@@ -250,7 +250,7 @@ def _search(
         found = measured(W, C[:rank] @ basis, C[:rank] @ images)
         above = excess(W, gram, found, generator)
         bound = f"at most {above:.2%} above the least" if above < math.inf else "not bounded"
-        notes.append(f"filter {turn} on {width} directions in {str(W.dtype).removeprefix('torch.')}: error {bound}")
+        notes.append(f"filter {turn} on {len(basis)} directions in {str(W.dtype).removeprefix('torch.')}: error {bound}")
         if above <= options.tolerance or found.coarse(options.tolerance) or above == math.inf:
             break
         values = torch.linalg.vector_norm(C @ images, dim=1).square()
@@ -258,7 +258,7 @@ def _search(
     return found, above
 
 
-def _scout(gram: Tensor, width: int, generator: torch.Generator) -> _Start:
+def _scout(gram: Tensor, rank: int, width: int, generator: torch.Generator) -> _Start:
     """Return a sparse sketch, and the cut and the outliers that a block Krylov space of WᵀW shows.
 
     The cut estimates eigenvalue number `width`. Ritz values, each weighed by what the random first block holds of its vector,
@@ -280,6 +280,8 @@ def _scout(gram: Tensor, width: int, generator: torch.Generator) -> _Start:
     part = float((width / len(gram) - places[right - 1]) / (places[right] - places[right - 1]))
     cut = 1 / float(torch.lerp(slow[right - 1], slow[right], min(max(part, 0.0), 1.0)))
     start = _split(vectors.T.to(gram.dtype) @ basis, values.to(gram.dtype), cut)
+    if len(start.U) > BLOCK:  # a spectrum that decays needs fewer
+        width = (rank + width) // 2
     return start._replace(X=_sparse_signs(width - len(start.U), gram, generator))
 
 
