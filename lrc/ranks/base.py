@@ -83,11 +83,19 @@ class RankPolicy(SpecModel):
 
     budget: ClassVar[bool] = False
 
+    def most(self, out_features: int, in_features: int) -> int:
+        """Return a bound on the ranks that the policy may choose, from the shape alone."""
+        return min(out_features, in_features)
+
 
 class FixedRank(RankPolicy):
     """The same rank everywhere; in the file the bare number."""
 
     rank: int = Field(ge=1, description="columns of B, rows of A")
+
+    def most(self, out_features: int, in_features: int) -> int:
+        """Return the rank itself."""
+        return self.rank
 
 
 def rank_policy(options: type[RankPolicy]) -> Callable[[Callable[P, R]], Rule[P, R]]:

@@ -17,11 +17,20 @@ class FractionRank(RankPolicy):
 
     fraction: float = Field(gt=0, le=1, description="rank over min(in_features, out_features), no unit")
 
+    def most(self, out_features: int, in_features: int) -> int:
+        """Return the fraction of the smaller side, rounded down, at least 1."""
+        return max(1, int(self.fraction * min(out_features, in_features) + 1e-9))
+
 
 class BreakevenRank(RankPolicy):
     """Keep a fraction of the rank at which two factors are as large as the dense weight."""
 
     breakeven: float = Field(gt=0, le=1, description="rank over m n / (m + n), no unit")
+
+    def most(self, out_features: int, in_features: int) -> int:
+        """Return the fraction of the break-even rank, rounded down, at least 1."""
+        m, n = out_features, in_features
+        return max(1, int(self.breakeven * m * n / (m + n) + 1e-9))
 
 
 @rank_policy(FixedRank)
@@ -48,11 +57,10 @@ def energy_rank(curve: SiteCurve, options: EnergyRank) -> int:
 @rank_policy(FractionRank)
 def fraction_rank(curve: SiteCurve, options: FractionRank) -> int:
     """Return `options.fraction` of min(in_features, out_features), rounded down, at least 1."""
-    return max(1, int(options.fraction * curve.full_rank + 1e-9))
+    return options.most(curve.out_features, curve.in_features)
 
 
 @rank_policy(BreakevenRank)
 def breakeven_rank(curve: SiteCurve, options: BreakevenRank) -> int:
     """Return `options.breakeven` of m n / (m + n), rounded down, at least 1."""
-    m, n = curve.out_features, curve.in_features
-    return max(1, int(options.breakeven * m * n / (m + n) + 1e-9))
+    return options.most(curve.out_features, curve.in_features)

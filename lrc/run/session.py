@@ -12,6 +12,7 @@ from lrc.errors import DataError, UsageError
 from lrc.measure import Cache, collect, digest
 from lrc.measure.cotangents import has_classes
 from lrc.program import Program, Site
+from lrc.ranks import FixedRank
 from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
 from lrc.solvers import Decomposition, Moments, Need
 from lrc.spec.registry import SOLVERS
@@ -83,7 +84,7 @@ class Session:
         """Return the content hash of everything that a collection of moments depends on."""
         if not needs:
             return "nothing"
-        gradients = (fisher_of(program, options), getattr(options, "draws", 1)) if Need.GRADIENTS in needs else ()
+        gradients = (getattr(options, "fisher", "sampled"), getattr(options, "draws", 1)) if Need.GRADIENTS in needs else ()
         return digest(
             "moments-2", program.digest(), list(self.batches), sorted(needs), gradients, self.seed,
             torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
@@ -111,7 +112,7 @@ class Session:
                 self.batches,
                 fqns,
                 needs,
-                fisher=fisher_of(program, options),
+                fisher=getattr(options, "fisher", "sampled"),
                 draws=getattr(options, "draws", 1),
                 seed=self.seed,
                 cache=self.cache,
@@ -156,12 +157,10 @@ class Session:
         return found
 
 
-def fisher_of(program: Program, options: Any) -> Any:
-    """Return which gradients a solver's options ask for; `auto` is settled by the task."""
-    asked = getattr(options, "fisher", "sampled")
-    if asked != "auto":
-        return asked
-    return "sampled" if has_classes(program.task) else "outputs"
+def settled(program: Program, options: Any) -> Any:
+    """Return the options of a ranked pass with what its solver leaves to the model settled."""
+    solver = options.solver.settled(logits=has_classes(program.task))
+    return options.model_copy(update={"solver": solver})
 
 
 def shapes_of(program: Program) -> str:
@@ -175,16 +174,20 @@ def shapes_of(program: Program) -> str:
 
 
 def max_rank(site: Site, options: Any) -> int:
-    """Return how many terms a pass can use at most. Raises UsageError for a rank that is not possible."""
+    """Return how many terms a pass can use at most. Raises UsageError for a rank that is not possible.
+
+    All terms, for any budget to be planned from them later, unless one rank was asked for or the solver gains by fewer.
+    """
     full = min(site.out_features, site.in_features)
-    rank = getattr(options.rank, "rank", None)
-    if rank is None:
-        return full
-    if rank > full:
+    fixed = isinstance(options.rank, FixedRank)
+    rank: int = options.rank.most(site.out_features, site.in_features)
+    if fixed and rank > full:
         raise UsageError(
             site.fqn,
             expected=f"rank <= {full} (min of in_features={site.in_features}, out_features={site.out_features})",
             got=str(rank),
             hint="Lower `rank`, or name the site under `ignore`",
         )
-    return int(rank)
+    if fixed:
+        return rank
+    return min(full, -(-rank // options.round_to) * options.round_to) if options.solver.leading else full

@@ -17,7 +17,7 @@ from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Sta
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
 from lrc.run.selection import Selected, select_sites
-from lrc.run.session import Session
+from lrc.run.session import Session, settled
 from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
 from lrc.spec.registry import PASSES, Rule
@@ -86,6 +86,7 @@ class RankedSitePass(SitePass):
 
     def plan(self, program: Program, session: Session, options: Any, index: int) -> Sequence[Decision]:
         """Decompose every selected weight, and let the rank policy choose."""
+        options = settled(program, options)
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
         terms = session.decompose(program, free, options)
@@ -126,6 +127,7 @@ class RankedSitePass(SitePass):
 
     def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Make the maps from the stored decompositions, or one group after the other behind the compressed ones."""
+        options = settled(program, options)
         work = [d for d in decisions if d.keep is None]
         done = {d.name: d for d in decisions}
         if compressed(options):

@@ -7,7 +7,7 @@ plan with another budget costs no new decomposition.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import ClassVar, NamedTuple, ParamSpec, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -103,9 +103,14 @@ class Decomposition:
 
 
 class SolverOptions(Tagged):
-    """The options of a solver; `needs` says what must be measured for it."""
+    """The options of a solver. needs: what must be measured for it; leading: the fewer terms are asked for, the faster."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    leading: ClassVar[bool] = False
+
+    def settled(self, *, logits: bool) -> Self:
+        """Return the options with what they leave to the model settled. logits: whether its outputs are those of classes."""
+        return self
 
 
 class Solve(Protocol):

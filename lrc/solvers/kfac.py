@@ -1,7 +1,7 @@
 """Our default: the weight whitened on both sides, by its inputs and by the loss's gradient at its outputs."""
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,7 +25,7 @@ class KfacSolver(InputsOptions):
 
     type: Literal["kfac"] = "kfac"
     damping_in: float = Field(
-        default=1e-6, ge=0, description="Added to the diagonal of the inputs' second moment, of its mean."
+        default=1e-2, ge=0, description="Added to the diagonal of the inputs' second moment, of its mean."
     )
     damping_out: float = Field(
         default=1.0, ge=0, description="Added to the diagonal of the gradients' second moment, of its mean."
@@ -35,14 +35,18 @@ class KfacSolver(InputsOptions):
         description="Gradients of: labels drawn from the model's own prediction, the data's labels, or a squared error of "
         "the outputs; auto: sampled for a model with logits, outputs for all others.",
     )
-    focus: float = Field(
-        default=0.5,
-        ge=0,
-        le=1,
-        description="Share of the inputs' second moment in which a token counts by the squared norm of its gradient; in the rest "
-        "all tokens count the same.",
+    focus: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Share of the inputs' second moment in which a token counts by the squared norm of its gradient, in the "
+        "rest all count the same; auto: 1 for `fisher: outputs`, else 0.5.",
     )
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS, Need.GRADIENTS})
+
+    def settled(self, *, logits: bool) -> "KfacSolver":
+        """Return the options with `auto` settled: labels are drawn where there are logits to draw them from."""
+        fisher = ("sampled" if logits else "outputs") if self.fisher == "auto" else self.fisher
+        focus = (1.0 if fisher == "outputs" else 0.5) if self.focus == "auto" else self.focus
+        return self.model_copy(update={"fisher": fisher, "focus": focus})
 
 
 @solver(KfacSolver)
@@ -65,8 +69,9 @@ def kfac(
     check(weight, bias, moments, max_rank, options.needs)
     if moments.fisher is None:
         raise SolverError("moments.fisher", expected="the second moment of the output gradients", got="none")
+    options = options.settled(logits=True)
     fisher, center = moments.fisher, centers(options, bias)
-    moments = focused(moments, options.focus)
+    moments = focused(moments, float(options.focus))
     L = root(input_moment(moments, center), "gram", options.damping_in)
     target = propagated_target(weight, moments, options.blend, center=center)
     damping, notes = options.damping_out, L.notes

@@ -68,6 +68,11 @@ def storage_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
+def peak(weight: Tensor) -> float:
+    """Return the largest magnitude, or 1 for a zero weight: what to divide by, lest squares under- or overflow."""
+    return float(weight.abs().max()) or 1.0
+
+
 def _descending(vectors: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     order = S.argsort(descending=True, stable=True)
     return vectors[:, order], S[order]
