@@ -1,11 +1,14 @@
 """K-FAC whitening: losses in nats per token, comparable between layers, and reducible to the simpler solvers."""
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from solver_cases import (
     EPS,
     F64,
@@ -34,6 +37,7 @@ from lrc.solvers.kfac import GROWTH, growth
 from lrc.solvers.ladder import FLOOR, root
 from lrc.solvers.terms import ordered_terms
 
+DAMPING = 1e-2  # of the inputs, by default
 damping = st.sampled_from([0.0, 1e-6, 1e-2, 1.0])
 
 
@@ -81,7 +85,7 @@ def test_no_other_product_of_that_rank_has_a_lower_predicted_loss(shape: tuple[i
     W, X, g = randn(*shape, seed=seed), samples(shape[1], seed), gradients(shape[0], seed)
     moments = moments_of(X, g)
     terms = solved(kfac, W, moments)
-    C, G = damped(moments.gram, 1e-6), damped(moments.fisher, 1.0)
+    C, G = damped(moments.gram, DAMPING), damped(moments.fisher, 1.0)
     S = torch.linalg.svdvals(torch.linalg.cholesky(G).T @ W @ torch.linalg.cholesky(C))
     assert torch.allclose(0.5**0.5 * S, terms.S.double() * terms.scale**0.5, rtol=0, atol=rounding(W, C, G) ** 0.5)
     for rank in ranks_of(terms):
@@ -204,7 +208,7 @@ def test_the_bias_keeps_the_mean_output_at_every_rank(shape: tuple[int, int], da
         B, A, _ = terms.truncate(rank, F64)
         tolerance = 64 * (sum(shape) + len(X)) * EPS * float((W.norm() + B.norm() * A.norm()) * X.norm(dim=1).max() + b.norm())
         assert float((outputs(terms, rank, X).mean(0) - mean).norm()) <= tolerance
-        expected = second_order(W - B @ A, damped(covariance, 1e-6), G)
+        expected = second_order(W - B @ A, damped(covariance, DAMPING), G)
         assert abs(float(terms.losses()[rank]) - expected) <= rounding(W, C, G)
 
 
@@ -228,7 +232,7 @@ def test_with_changed_inputs_the_blended_target_is_fitted_on_them(
     terms = solved(kfac, W, moments_of(X_new, g, dense=X), b, center=center, blend=blend)
     target = propagated_target(W, moments_of(X_new, dense=X), blend, center=center)
     seen = X_new - X_new.mean(0) if center else X_new
-    C, G = damped(moments_of(seen).gram, 1e-6), damped(moments_of(X, g).fisher, 1.0)
+    C, G = damped(moments_of(seen).gram, DAMPING), damped(moments_of(X, g).fisher, 1.0)
     for rank in ranks_of(terms):
         assert abs(float(terms.losses()[rank]) - second_order(target - product(terms, rank), C, G)) <= rounding(target, C, G)
         if center:
@@ -261,7 +265,7 @@ def test_a_layer_that_the_loss_does_not_see_costs_nothing_and_says_so() -> None:
     terms = solved(kfac, W, moments_of(X, torch.zeros(9, 5, dtype=F64)))
     assert terms.notes == ("fisher is zero: calibration does not reach this layer, and its errors are not weighed",)
     assert torch.equal(terms.losses(), torch.zeros(5, dtype=F64))
-    other = solved(whitened, W, moments_of(X), damping=1e-6)
+    other = solved(whitened, W, moments_of(X), damping=DAMPING)
     tolerance = float(torch.linalg.cond(X)) * product_error(other.S, 2, 9, float(W.norm()))
     assert float((product(terms, 2) - product(other, 2)).norm()) <= tolerance
 
@@ -283,4 +287,70 @@ def test_every_statistic_gives_finite_terms_of_modest_size(
 def test_kfac_asks_for_inputs_and_gradients_and_damps_by_default_as_measured() -> None:
     options = kfac.options()
     assert options.needs == {"inputs", "gradients"}
-    assert (options.damping_in, options.damping_out, options.blend, options.fisher) == (1e-6, 1.0, 0.5, "auto")
+    assert (options.damping_in, options.damping_out, options.blend, options.fisher) == (DAMPING, 1.0, 0.5, "auto")
+
+
+@pytest.mark.parametrize(
+    ("options", "logits", "fisher", "focus"),
+    [
+        ({}, True, "sampled", 0.5),
+        ({}, False, "outputs", 1.0),
+        ({"fisher": "labels"}, False, "labels", 0.5),
+        ({"fisher": "outputs"}, True, "outputs", 1.0),
+        ({"focus": 0.2}, False, "outputs", 0.2),
+    ],
+)
+def test_what_is_left_to_the_model_is_settled_by_whether_it_has_logits(
+    options: dict[str, Any], logits: bool, fisher: str, focus: float
+) -> None:
+    made = kfac.options(**options).settled(logits=logits)
+    assert (made.fisher, made.focus) == (fisher, focus)
+    assert made.settled(logits=not logits) == made
+
+
+@pytest.mark.parametrize("focus", [-0.1, 1.1, "all"])
+def test_a_focus_out_of_range_is_refused(focus: float | str) -> None:
+    with pytest.raises(ValidationError):
+        kfac.options(focus=focus)
+
+
+def weighed(X: Tensor, g: Tensor) -> Moments:
+    """The moments with those of the inputs weighed by each token's squared gradient, written out."""
+    share = g.square().sum(1) / g.square().sum()
+    return replace(moments_of(X, g), weighted_gram=X.T @ (share[:, None] * X), weighted_mean=share @ X)
+
+
+@settings(max_examples=20, deadline=None)
+@given(shape=shapes, focus=st.sampled_from([0.0, 0.5, 1.0]), center=st.booleans(), seed=seeds)
+def test_a_share_of_the_inputs_counts_by_the_gradients_of_their_tokens(
+    shape: tuple[int, int], focus: float, center: bool, seed: int
+) -> None:
+    W, X, g = randn(*shape, seed=seed), samples(shape[1], seed), gradients(shape[0], seed)
+    terms = solved(kfac, W, weighed(X, g), focus=focus, center=center)
+    share = (1 - focus) / len(X) + focus * g.square().sum(1) / g.square().sum()
+    mean = share @ X if center else torch.zeros(shape[1], dtype=F64)
+    C = damped(X.T @ (share[:, None] * X) - torch.outer(mean, mean), DAMPING)
+    G = damped(moments_of(X, g).fisher, 1.0)
+    for rank in ranks_of(terms):
+        moment = moments_of(X).gram
+        assert moment is not None
+        assert abs(float(terms.losses()[rank]) - second_order(W - product(terms, rank), C, G)) <= rounding(W, C + moment, G)
+
+
+def test_a_token_that_the_loss_does_not_look_at_counts_for_nothing_at_full_focus() -> None:
+    W, X, g = randn(5, 4, seed=0), samples(4, 1), gradients(5, 2)
+    X[:10] *= 100
+    seen = g.clone()
+    seen[:10] = 0
+    with_them, without = solved(kfac, W, weighed(X, seen), focus=1.0), solved(kfac, W, weighed(X[10:], seen[10:]), focus=1.0)
+    assert torch.allclose(product(with_them, 2), product(without, 2), rtol=1e-8, atol=1e-10)
+
+
+def test_the_weighed_moment_is_the_nearest_kronecker_factor_beside_the_gradients_trace() -> None:
+    """E[g gᵀ ⊗ x xᵀ] traced over its left side is E[|g|² x xᵀ]: any other C of that trace is farther along G = I."""
+    X, g = samples(3, 1), gradients(2, 2)
+    F = torch.stack([torch.kron(torch.outer(b, b), torch.outer(a, a)) for a, b in zip(X, g, strict=True)]).mean(0)
+    C = weighed(X, g).weighted_gram
+    assert C is not None
+    partial = F.reshape(2, 3, 2, 3).diagonal(dim1=0, dim2=2).sum(-1)
+    assert torch.allclose(partial / partial.trace(), C / C.trace())
