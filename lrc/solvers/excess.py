@@ -10,7 +10,7 @@ from lrc.solvers.base import Decomposition
 from lrc.solvers.subspace import normal, without
 from lrc.solvers.terms import peak, storage_dtype, stored
 
-PROBES, STARTS, STEPS = 12, 4, 6  # of the bound: samples of a trace, random starts for a norm, Lanczos steps from each
+PROBES, STARTS, STEPS = 8, 4, 6  # of the bound: samples of a trace, random starts for a norm, Lanczos steps from each
 ROUNDING = 8.0  # eps ||W||_F², by which a measured squared error may be off
 
 

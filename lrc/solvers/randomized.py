@@ -137,8 +137,7 @@ def _scout(gram: Tensor, rank: int, width: int, generator: torch.Generator) -> _
     X = normal(BLOCK, len(gram), gram, generator)
     basis = products = X[:0]
     for _ in range(BLOCKS):
-        for _ in range(2):
-            X = orthonormal(without(X, basis))
+        X = orthonormal(without(X, basis), exactly=True)
         basis, X = torch.cat([basis, X]), X @ gram
         products = torch.cat([products, X])
     values, vectors = (x.flip(-1) for x in torch.linalg.eigh((basis @ products.T).double()))
@@ -166,11 +165,12 @@ def _filtered(gram: Tensor, start: _Start) -> Tensor:
 
     The outliers are taken down to the cut for it, so that their rounding does not drown the others.
     """
-    X, cut = start.X, start.cut
-    if len(start.U):
-        gram = torch.addmm(gram, start.U.T * (cut - start.heights), start.U)
-    first, X = X @ gram * (2 / cut), X.to_dense() if X.is_sparse else X
-    first -= X
-    second = torch.addmm(X + 2 * first, first, gram, beta=-1, alpha=4 / cut)
-    third = torch.addmm(first + 2 * second, second, gram, beta=-1, alpha=4 / cut)
-    return orthonormal(torch.cat([start.U, third]))
+    X, U, cut = start.X, start.U, start.cut
+    if len(U):
+        gram = torch.addmm(gram, U.T * (cut - start.heights), U)
+    first, zeroth = X @ gram, X.to_dense() if X.is_sparse else X.clone()
+    first.mul_(2 / cut).sub_(zeroth)
+    second = zeroth.add_(first, alpha=2).addmm_(first, gram, beta=-1, alpha=4 / cut)
+    third = first.add_(second, alpha=2).addmm_(second, gram, beta=-1, alpha=4 / cut)
+    middle = third.norm(dim=1).max().sqrt()  # of what Cholesky meets in the others
+    return orthonormal(torch.cat([U * middle, third]), exactly=len(U) > 0)

@@ -1,32 +1,47 @@
 """Subspaces as matrices of rows: products, orthonormal bases, Ritz vectors and random starts, written for many columns."""
 
+import math
+
 import torch
 from torch import Tensor
 
 NONZEROS = 8  # per column of a sparse sketch
 
 
-def row_gram(X: Tensor, blocks: int = 16) -> Tensor:
+def row_gram(X: Tensor, least: int = 256) -> Tensor:
     """Return X Xᵀ, one triangle computed and mirrored: near half the work of the product."""
-    size = X.shape[0]
-    if size <= 16 * blocks:
-        return X @ X.T
-    gram, step = X.new_empty(size, size), -(-size // blocks)
-    for i in range(0, size, step):
-        gram[i : i + step, i:] = X[i : i + step] @ X[i:].T
-        gram[i + step :, i : i + step] = gram[i : i + step, i + step :].T
+    gram = X.new_empty(X.shape[0], X.shape[0])
+    parts = [(0, X.shape[0])]
+    while parts:
+        low, high = parts.pop()
+        if high - low <= least:
+            torch.mm(X[low:high], X[low:high].T, out=gram[low:high, low:high])
+            continue
+        middle = (low + high) // 2
+        torch.mm(X[low:middle], X[middle:high].T, out=gram[low:middle, middle:high])
+        gram[middle:high, low:middle] = gram[low:middle, middle:high].T
+        parts += [(low, middle), (middle, high)]
     return gram
 
 
-def orthonormal(X: Tensor) -> Tensor:
-    """Return orthonormal rows with the span of X's: Cholesky in float64, Householder where X is near singular."""
-    L, info = torch.linalg.cholesky_ex(row_gram(X.double()))
-    pivots = L.diagonal()
-    if int(info) or not float(pivots.min()) > 1e-7 * float(pivots.max()):
-        Q: Tensor = torch.linalg.qr(X.T)[0]
-        return Q.T.contiguous()
-    rows: Tensor = torch.linalg.solve_triangular(L.to(X.dtype), X, upper=False)
-    return rows
+def orthonormal(X: Tensor, *, exactly: bool = False) -> Tensor:
+    """Return orthonormal rows with the span of X's: by Cholesky in its dtype, else in float64, else by Householder.
+
+    exactly: at once in float64; else rows may be a hundredth off.
+    """
+    for dtype in dict.fromkeys((torch.float64 if exactly else X.dtype, torch.float64)):
+        L, info = torch.linalg.cholesky_ex(row_gram(X.to(dtype)))
+        pivots = L.diagonal()
+        if not int(info) and float(pivots.min()) > 20 * math.sqrt(torch.finfo(dtype).eps) * float(pivots.max()):
+            return solved(L.to(X.dtype), X)
+    Q: Tensor = torch.linalg.qr(X.T)[0]
+    return Q.T.contiguous()
+
+
+def solved(L: Tensor, X: Tensor) -> Tensor:
+    """Return L⁻¹X for a lower triangular L, from the right: as rows lie in memory, so that nothing is copied."""
+    transposed: Tensor = torch.linalg.solve_triangular(L.T, X.T, upper=True, left=False)
+    return transposed.T
 
 
 def without(X: Tensor, A: Tensor) -> Tensor:
@@ -43,11 +58,11 @@ def ritz(basis: Tensor, images: Tensor) -> Tensor:
     Its vectors are made orthonormal again, since eigh in float32 leaves them 1e-5 off.
     """
     L = torch.linalg.cholesky(row_gram(basis))
-    half = torch.linalg.solve_triangular(L, row_gram(images), upper=False)
-    H = torch.linalg.solve_triangular(L, half.T, upper=False)
+    H = solved(L, solved(L, row_gram(images)).T)
     wide = float(H.diagonal().min()) < 1e-3 * float(H.diagonal().max())
     vectors = torch.linalg.eigh(H.double() if wide else H)[1].T.flip(0).to(H.dtype)
-    vectors = torch.linalg.solve_triangular(torch.linalg.cholesky(row_gram(vectors)), vectors, upper=False)
+    if not wide:
+        vectors = solved(torch.linalg.cholesky(row_gram(vectors)), vectors)
     C: Tensor = torch.linalg.solve_triangular(L, vectors, upper=False, left=False)
     return C
 

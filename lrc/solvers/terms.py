@@ -70,7 +70,8 @@ def storage_dtype(weight: Tensor) -> torch.dtype:
 
 def peak(weight: Tensor) -> float:
     """Return the largest magnitude, or 1 for a zero weight: what to divide by, lest squares under- or overflow."""
-    return float(weight.abs().max()) or 1.0
+    low, high = torch.aminmax(weight)
+    return max(-float(low), float(high)) or 1.0
 
 
 def _descending(vectors: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
