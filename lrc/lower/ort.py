@@ -39,6 +39,7 @@ class OrtRunner:
         self, path: Path | str, *, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int | None = None
     ) -> None:
         options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores to others
         if threads is not None:
             options.intra_op_num_threads = threads
         self.path = Path(path)

@@ -75,8 +75,7 @@ def prepare(
     """
     document, file = read_spec(spec, overrides)
     base = file.parent if file else Path()
-    if calibration is None:
-        check_calibration(document, base)
+    check_data(document, base, calibration=calibration is None)
     progress("capture", 0, 1)
     program = capture(model, document=document, inputs=inputs, allow_code=allow_code, base=base)
     progress("capture", 1, 1)
@@ -92,15 +91,18 @@ def prepare(
     return Prepared(program, document, file, session)
 
 
-def check_calibration(document: Document, base: Path) -> None:
-    """Raise UsageError when the calibration file is missing: before a model is loaded, which may take minutes."""
-    if document.calibration is None or is_factory(document.calibration.dataset):
-        return
-    path = base / document.calibration.dataset
-    if not path.is_file():
-        raise UsageError(
-            f"calibration.dataset: {path}", message="no such file", hint="Paths in a spec start at the spec's own folder"
-        )  # fmt: skip
+def check_data(document: Document, base: Path, *, calibration: bool = True) -> None:
+    """Raise UsageError when a data file is missing: before a model is loaded, and not after all else is done."""
+    judged = document.evaluate
+    named: dict[str, str | None] = {"evaluate.dataset": judged.dataset if judged.metrics else None}
+    named |= {f"evaluate.metrics.{i}.dataset": getattr(m, "dataset", None) for i, m in enumerate(judged.metrics)}
+    if calibration and document.calibration is not None:
+        named = {"calibration.dataset": document.calibration.dataset, **named}
+    for place, dataset in named.items():
+        if dataset and not is_factory(dataset) and not (base / dataset).is_file():
+            raise UsageError(
+                f"{place}: {base / dataset}", message="no such file", hint="Paths in a spec start at the spec's own folder"
+            )  # fmt: skip
 
 
 def batches_for(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.measure import Cache
-from lrc.run.prepare import batches_for, capture, check_calibration, read_spec
+from lrc.run.prepare import batches_for, capture, check_data, read_spec
 from lrc.run.selection import select_sites
 from lrc.run.session import Session
 
@@ -23,7 +23,7 @@ def validate(
     passes = [str(getattr(options, "type", "")) for options in document.passes]
     if model is None and document.model.path is None:
         return {"valid": True, "passes": passes, "sites": None}
-    check_calibration(document, base)
+    check_data(document, base)
     program = capture(model, document=document, allow_code=allow_code, base=base, weights=False)
     with tempfile.TemporaryDirectory() as scratch:
         batches = batches_for(program, document, base, None, allow_code)
