@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
-from lrc.lower.inductor import SETTINGS, need_compiler
+from lrc.lower.inductor import SETTINGS, need_compiler, with_passes
 from lrc.lower.pt2 import archive_at
 from lrc.program import Program
 
@@ -40,7 +40,7 @@ def export_aoti(program: Program, folder: Path, options: AotiExport) -> Written:
             torch._inductor.aoti_compile_and_package(
                 program.export(static=options.static),
                 package_path=archive,
-                inductor_configs=dict(SETTINGS[options.settings]),
+                inductor_configs=with_passes(SETTINGS[options.settings]),
             )
     except OSError:
         raise

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
+from lrc.lower.unfuse import UnfuseBias
 from lrc.program import Program
 
 FILE = "torch_compile/settings.json"
@@ -48,15 +49,19 @@ def export_torch_compile(program: Program, folder: Path, options: TorchCompileEx
 
 def compiled(module: nn.Module, settings: str = "default", *, dynamic: bool | None = True) -> Any:
     """Return the module under `torch.compile` with one of `SETTINGS`."""
-    options = dict(SETTINGS[settings])
-    return torch.compile(module, dynamic=dynamic, options=options or None)
+    return torch.compile(module, dynamic=dynamic, options=with_passes(SETTINGS[settings]))
+
+
+def with_passes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Inductor options with our passes over its graphs."""
+    return {"post_grad_custom_post_pass": UnfuseBias(), **options}
 
 
 class CompiledRunner:
     """A module under torch.compile as a runner."""
 
     def __init__(self, module: nn.Module, options: Mapping[str, Any], dynamic: bool) -> None:
-        self.module = torch.compile(module, dynamic=dynamic, options=dict(options) or None)
+        self.module = torch.compile(module, dynamic=dynamic, options=with_passes(options))
 
     def __call__(self, **inputs: Any) -> dict[str, Tensor]:
         """Run without gradients."""
