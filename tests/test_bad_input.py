@@ -422,11 +422,18 @@ def test_an_interrupt_is_one_line_and_the_same_command_finishes(
 # After the result is written.
 
 
-def test_evaluation_data_that_is_missing_fails_and_keeps_the_result(cli: Run) -> None:
+def test_evaluation_data_that_is_missing_is_noticed_before_any_work(cli: Run) -> None:
     made = cli(*compile_mlp(evaluate={"metrics": ["accuracy"], "dataset": "nowhere.npz"}))
+    assert made.code == 2
+    assert "evaluate.dataset: nowhere.npz: no such file. Paths in a spec start at the spec's own folder" in made.error
+    assert not Path("out").exists()
+
+
+def test_evaluation_data_that_cannot_be_read_fails_and_keeps_the_result(cli: Run) -> None:
+    Path("broken.npz").write_bytes(b"no archive")
+    made = cli(*compile_mlp(evaluate={"metrics": ["accuracy"], "dataset": "broken.npz"}))
     assert made.code == 1
-    assert "the result was written, but a check failed: nowhere.npz: no such file" in made.error
-    assert "failed: nowhere.npz: no such file" in made.out
+    assert "the result was written, but a check failed: broken.npz" in made.error
     assert Path("out/program.pt2").is_file()
 
 

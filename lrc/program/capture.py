@@ -54,7 +54,9 @@ def capture_module(
             module.training = mode
     origin = origin or Origin(name=type(model).__name__)
     program = capture_exported(exported, origin=replace(origin, model=model), inputs=spec)
-    program.calling = replace(program.calling, positional=tuple(signature(model.forward).parameters))
+    takes = signature(model.forward).parameters
+    defaults = {name: p.default for name, p in takes.items() if p.default is not p.empty and name not in examples}
+    program.calling = replace(program.calling, positional=tuple(takes), baked=defaults | extra)
     return program
 
 

@@ -25,13 +25,14 @@ class Calling:
 
     positional: the names of the inputs that positional arguments stand for, in order. keyword: those that an argument by
     name stands for, where it is no single tensor. out_spec: the tree of the outputs; fixed: its leaves that are no tensors,
-    by place.
+    by place. baked: values of arguments that are no tensors, as they were at capture.
     """
 
     positional: tuple[str, ...] = ()
     keyword: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     out_spec: pytree.TreeSpec | None = None
     fixed: Mapping[int, Any] = field(default_factory=dict)
+    baked: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ class Program:
         return result
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return arguments by the names of the graph's inputs. Raises UsageError for more than the module takes."""
+        """Return arguments by the names of the graph's inputs.
+
+        Raises UsageError for more than the module takes, and for a value that is no tensor and not what the graph was made for.
+        """
         positional = self.calling.positional or tuple(self.inputs.examples)
         flat = pytree.tree_leaves(args)
         if len(flat) > len(positional):
@@ -85,6 +89,13 @@ class Program:
         named = dict(zip(positional, flat, strict=False))
         for name, value in kwargs.items():
             named |= zip(self.calling.keyword.get(name, (name,)), pytree.tree_leaves(value), strict=False)
+        for name, value in self.calling.baked.items():
+            asked = named.get(name)
+            if asked is not None and value is not None and not isinstance(asked, Tensor) and asked != value:
+                raise UsageError(
+                    f"inputs.{name}", expected=f"{value!r}, which the graph was captured for", got=repr(asked),
+                    hint="Capture the model again with this value among its example inputs",
+                )  # fmt: skip
         return named
 
     @property

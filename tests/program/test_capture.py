@@ -468,3 +468,25 @@ def test_weights_that_do_not_fit_the_factory_are_refused(factories: str, tmp_pat
     path.unlink()
     with pytest.raises(ModelError, match="the file is missing"):
         load_program(source, allow_code=True)
+
+
+class Switched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, negate: bool = False, times: int = 2) -> Tensor:
+        y: Tensor = self.linear(x)
+        return -y if negate else y * times
+
+
+def test_arguments_that_are_no_tensors_are_those_of_the_capture_or_refused() -> None:
+    module, x = Switched().eval(), torch.randn(3, 4)
+    program = capture_module(module, {"x": x, "times": 3})
+    with torch.no_grad():
+        assert torch.equal(program(x)["output"], module(x, times=3))
+        assert torch.equal(program.module()(x, False, 3), module(x, False, 3))
+        with pytest.raises(UsageError, match=r"inputs.times: expected 3, which the graph was captured for, got 2"):
+            program(x, times=2)
+        with pytest.raises(UsageError, match=r"inputs.negate"):
+            program.module()(x, True)

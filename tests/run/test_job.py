@@ -158,14 +158,30 @@ def test_a_form_that_can_be_loaded_is_always_written(job: Callable[..., Finished
 # Checks that fail.
 
 
-def test_a_check_that_cannot_be_made_keeps_the_result_and_fails(job: Callable[..., Finished]) -> None:
-    done = job(evaluate={"metrics": ["accuracy"], "dataset": "nowhere.npz"})
+def test_a_check_that_cannot_be_made_keeps_the_result_and_fails(job: Callable[..., Finished], tmp_path: Path) -> None:
+    (tmp_path / "broken.npz").write_bytes(b"no archive")
+    done = job(evaluate={"metrics": ["accuracy"], "dataset": "broken.npz"})
     assert "program.pt2" in files_of(done.path)
     (failure,) = json.loads((done.path / "lrc" / "manifest.json").read_text())["failures"]
-    assert "nowhere.npz: no such file" in failure
-    with pytest.raises(LrcError, match=r"the result was written, but a check failed: .*nowhere\.npz") as caught:
+    assert "broken.npz" in failure
+    with pytest.raises(LrcError, match=r"the result was written, but a check failed: .*broken\.npz") as caught:
         done.raise_on_failure()
     assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "place"),
+    [
+        ({"metrics": ["accuracy"], "dataset": "nowhere.npz"}, r"evaluate\.dataset"),
+        ({"metrics": [{"type": "accuracy", "dataset": "nowhere.npz"}]}, r"evaluate\.metrics\.0\.dataset"),
+    ],
+)
+def test_missing_evaluation_data_is_noticed_before_any_work(
+    job: Callable[..., Finished], tmp_path: Path, evaluate: dict[str, Any], place: str
+) -> None:
+    with pytest.raises(UsageError, match=place + r": .*nowhere\.npz: no such file"):
+        job(evaluate=evaluate)
+    assert not list(tmp_path.glob("**/program.pt2"))
 
 
 def test_a_missed_gate_keeps_the_result_and_is_told_apart(job: Callable[..., Finished], tmp_path: Path) -> None:
