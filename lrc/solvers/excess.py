@@ -53,9 +53,11 @@ class Found:
 def measured(W: Tensor, A: Tensor, images: Tensor) -> Found:
     """Return the orthonormal rows A and their images A Wᵀ as terms, in the order of the energy that they capture."""
     energies = torch.linalg.vector_norm(images, dim=1).double().square()
-    order = energies.argsort(descending=True, stable=True)
     total = float(torch.linalg.vector_norm(W, dim=1).double().square().sum())
-    return Found(A[order], images[order], energies[order], total)
+    if bool((energies[1:] > energies[:-1]).any()):
+        order = energies.argsort(descending=True, stable=True)
+        A, images, energies = A[order], images[order], energies[order]
+    return Found(A, images, energies, total)
 
 
 def excess(W: Tensor, gram: Tensor, found: Found, generator: torch.Generator) -> float:

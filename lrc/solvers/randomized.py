@@ -92,8 +92,9 @@ def _exact(weight: Tensor, bias: Tensor | None, max_rank: int, *notes: str) -> D
 
 
 def tall(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight over its peak in `dtype`, its longer side first."""
-    W = weight.to(dtype) / peak(weight)
+    """Return the weight over its `peak` in `dtype`, its longer side first."""
+    scale = peak(weight)
+    W = weight.to(dtype) if scale == 1 else weight.to(dtype) / scale
     return W if W.shape[0] >= W.shape[1] else W.T
 
 
@@ -113,15 +114,18 @@ def _search(
     gram = row_gram(W.T)
     start = _scout(gram, rank, width, generator)
     for turn in range(1, options.max_iterations + 1):
+        lowering = start.cut - start.heights
+        gram.addmm_(start.U.T * lowering, start.U)  # outliers down to the cut, lest their rounding drown the others
         basis = _filtered(gram, start)
         images = basis @ W.T
         C = ritz(basis, images)
         found = measured(W, C[:rank] @ basis, C[:rank] @ images)
-        above = excess(W, gram, found, generator)
+        above = excess(W, gram, found, generator)  # outliers are in the span of the terms, which it takes out of gram
         bound = f"at most {above:.2%} above the least" if above < math.inf else "not bounded"
         notes.append(f"filter {turn} on {len(basis)} directions in {str(W.dtype).removeprefix('torch.')}: error {bound}")
         if above <= options.tolerance or found.coarse(options.tolerance) or above == math.inf:
             break
+        gram.addmm_(start.U.T * -lowering, start.U)
         values = torch.linalg.vector_norm(C @ images, dim=1).square()
         start = _split(C @ basis, values, float(values[-1]))
     return found, above
@@ -161,13 +165,8 @@ def _split(vectors: Tensor, values: Tensor, cut: float) -> _Start:
 
 
 def _filtered(gram: Tensor, start: _Start) -> Tensor:
-    """Return rows that span the outliers and T₃(2 gram / cut - I) of the start: at most 1 below the cut, steep above.
-
-    The outliers are taken down to the cut for it, so that their rounding does not drown the others.
-    """
+    """Return rows that span the outliers and T₃(2 gram / cut - I) of the start: at most 1 below the cut, steep above."""
     X, U, cut = start.X, start.U, start.cut
-    if len(U):
-        gram = torch.addmm(gram, U.T * (cut - start.heights), U)
     first, zeroth = X @ gram, X.to_dense() if X.is_sparse else X.clone()
     first.mul_(2 / cut).sub_(zeroth)
     second = zeroth.add_(first, alpha=2).addmm_(first, gram, beta=-1, alpha=4 / cut)

@@ -69,9 +69,10 @@ def storage_dtype(weight: Tensor) -> torch.dtype:
 
 
 def peak(weight: Tensor) -> float:
-    """Return the largest magnitude, or 1 for a zero weight: what to divide by, lest squares under- or overflow."""
+    """Return what to divide a weight by, lest its squares under- or overflow: 1 for all but unusual units."""
     low, high = torch.aminmax(weight)
-    return max(-float(low), float(high)) or 1.0
+    largest = max(-float(low), float(high))
+    return 1.0 if largest == 0 or 1e-6 < largest < 1e6 else largest
 
 
 def _descending(vectors: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
