@@ -1,6 +1,6 @@
 """MiniLM dense and at half of its linear parameters, through every runtime, as ratios of one interleaved run.
 
-    python tests/benchmarks/bench_speed.py [--form two_factor] [--kept 0.5] [--rounds 15] [--settings default ...] [--static]
+    python tests/benchmarks/bench_speed.py [--form two_factor] [--kept 0.5] [--round-to 96] [--rounds 25] [--settings default ...] [--static]
 
 `share` is the measured ratio over the ideal one, that of the FLOPs of the linears and the attention of the whole model.
 `--settings` compares Inductor settings (default, freezing, max_autotune) for AOTInductor, `--static` fixed shapes.
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kept", type=float, default=0.5)
     parser.add_argument("--form", default="two_factor", choices=["auto", "two_factor", "pivoted"])
-    parser.add_argument("--round-to", type=int, default=64)
+    parser.add_argument("--round-to", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 128])
