@@ -1,6 +1,7 @@
 """MiniLM dense and at half of its linear parameters, through every runtime, as ratios of one interleaved run.
 
-    python tests/benchmarks/bench_speed.py [--form two_factor] [--kept 0.5] [--round-to 96] [--rounds 25] [--settings default ...] [--static]
+    python tests/benchmarks/bench_speed.py [--form two_factor] [--kept 0.5] [--round-to 96] [--rounds 25]
+        [--runtimes eager torch_compile onnx aoti] [--settings default freezing max_autotune] [--static]
 
 `share` is the measured ratio over the ideal one, that of the FLOPs of the linears and the attention of the whole model.
 `--settings` compares Inductor settings (default, freezing, max_autotune) for AOTInductor, `--static` fixed shapes.
