@@ -48,22 +48,22 @@ def main() -> None:
     whole = run(place / "undisturbed", place / "cache-a")
     again = run(place / "again", place / "cache-a")
     generator = random.Random(options.seed)
-    rows = []
-    for number in range(options.kills):
-        delay = generator.uniform(0.1, 0.95) * whole
+    rows: list[dict[str, object]] = []
+    while len(rows) < options.kills:
+        delay = generator.uniform(0.1, 0.9) * again
         process = subprocess.Popen(
             command(place / "killed", place / "cache-b"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
             process.wait(timeout=delay)
-            killed = False
-            shutil.rmtree(place / "killed")
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            killed = True
-        rows.append({"kill": number + 1, "after_seconds": round(delay, 1), "killed": killed})
-        print(rows[-1], flush=True)
+            staged = sorted(p.name for p in place.iterdir() if p.name.startswith(".killed"))
+            rows.append({"kill": len(rows) + 1, "after_seconds": round(delay, 1), "left_behind": staged})
+            print(rows[-1], flush=True)
+        else:  # it was faster than the kill: that is none, and what it made would be no resumed run
+            shutil.rmtree(place / "killed")
     resumed = run(place / "killed", place / "cache-b")
     wanted, found = hashes(place / "undisturbed"), hashes(place / "killed")
     same = {name: wanted[name] == found[name] for name in FILES}
