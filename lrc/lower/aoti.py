@@ -1,5 +1,6 @@
 """The AOTInductor package: the program compiled to native code for this kind of CPU or GPU."""
 
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -36,7 +37,8 @@ def export_aoti(program: Program, folder: Path, options: AotiExport) -> Written:
     path = folder / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with archive_at(path) as archive:
+        with archive_at(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own pickling
             torch._inductor.aoti_compile_and_package(
                 program.export(static=options.static),
                 package_path=archive,
