@@ -47,11 +47,6 @@ def export_torch_compile(program: Program, folder: Path, options: TorchCompileEx
     return Written(FILE, ("compiled again in every process that loads it",))
 
 
-def compiled(module: nn.Module, settings: str = "default", *, dynamic: bool | None = True) -> Any:
-    """Return the module under `torch.compile` with one of `SETTINGS`."""
-    return torch.compile(module, dynamic=dynamic, options=with_passes(SETTINGS[settings]))
-
-
 def with_passes(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return Inductor options with our passes over its graphs."""
     return {"post_grad_custom_post_pass": UnfuseBias(), **options}

@@ -56,7 +56,7 @@ def capture_module(
     program = capture_exported(exported, origin=replace(origin, model=model), inputs=spec)
     takes = signature(model.forward).parameters
     defaults = {name: p.default for name, p in takes.items() if p.default is not p.empty and name not in examples}
-    program.calling = replace(program.calling, positional=tuple(takes), baked=defaults | extra)
+    program.calling = replace(program.calling, positional=tuple(takes), baked={**defaults, **program.calling.baked})
     return program
 
 
@@ -98,7 +98,8 @@ def capture_exported(
     graph.output(graph.graph_copy(module.graph, {}))
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
     positional, keyword = argument_names(in_spec, [str(node.target) for node in graph.find_nodes(op="placeholder")])
-    calling = Calling(positional, keyword, out_spec, _flatten(graph, output_names(out_spec)))
+    baked = {str(node.target): node.meta.get("val") for node in graph.find_nodes(op="placeholder") if not _is_tensor(node)}
+    calling = Calling(positional, keyword, out_spec, _flatten(graph, output_names(out_spec)), baked)
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in names.canonical:
             node.target = names.canonical[node.target]
@@ -170,7 +171,7 @@ def _flatten(graph: fx.Graph, outputs: Sequence[str]) -> dict[int, Any]:
     """Give the graph plain tensor inputs and a mapping of named tensors as output. Returns the other outputs, by place."""
     fixed: dict[int, Any] = {}
     for node in list(graph.nodes):
-        if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
+        if node.op == "placeholder" and not _is_tensor(node):
             if node.users:
                 raise CaptureError(node.name, expected="tensor inputs", got=type(node.meta.get("val")).__name__)
             graph.erase_node(node)

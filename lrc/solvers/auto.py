@@ -1,28 +1,23 @@
 """The truncated singular value decomposition by whichever way is fastest within a stated error."""
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from lrc.solvers.base import Decomposition, Moments, SolverOptions, solver
+from lrc.solvers.base import Decomposition, Moments, solver
 from lrc.solvers.gram import GramSolver, gram
-from lrc.solvers.randomized import RandomizedSolver, directions, randomized
+from lrc.solvers.randomized import RandomizedSolver, WithinTolerance, directions, randomized
 from lrc.solvers.svd import SvdSolver, svd
 
 LEAST = 384  # shorter side from which random subspaces win: tests/benchmarks/bench_svd.py
 
 
-class AutoSolver(SolverOptions):
+class AutoSolver(WithinTolerance):
     """Truncated singular value decomposition by the fastest of `randomized`, `gram` and `svd` that meets the error."""
 
     type: Literal["auto"] = "auto"
-    tolerance: float = Field(
-        default=0.01, gt=0, le=1, description="How much the Frobenius error may exceed the least one, as a fraction of it."
-    )
-    leading: ClassVar[bool] = True
 
 
 @solver(AutoSolver)
@@ -41,8 +36,9 @@ def auto(
     weight: (out_features, in_features). Raises SolverError on values that are not finite.
     """
     asked = moments, max_rank
-    if min(weight.shape) >= LEAST and directions(weight, max_rank) is not None:
-        found = randomized(weight, bias, *asked, RandomizedSolver(tolerance=options.tolerance), generator)
+    search = RandomizedSolver(tolerance=options.tolerance)
+    if min(weight.shape) >= LEAST and directions(weight, max_rank, search) is not None:
+        found = randomized(weight, bias, *asked, search, generator)
         return replace(found, notes=("auto: randomized", *found.notes))
     found = gram(weight, bias, *asked, GramSolver(), generator)
     if max_rank >= min(weight.shape) or found.remainder * options.tolerance > rounding(weight, found):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrc.solvers.base import Decomposition
 from lrc.solvers.subspace import normal, without
-from lrc.solvers.terms import peak, storage_dtype, stored
+from lrc.solvers.terms import square_scale, storage_dtype, stored
 
 PROBES, STARTS, STEPS = 8, 4, 6  # of the bound: samples of a trace, random starts for a norm, Lanczos steps from each
 ROUNDING = 8.0  # eps ||W||_F², by which a measured squared error may be off
@@ -42,7 +42,7 @@ class Found:
 
     def terms(self, weight: Tensor) -> Decomposition:
         """Return the terms of the weight that W is the tall form of."""
-        scale = peak(weight)
+        scale = square_scale(weight)
         B, A = self.images.T * math.sqrt(scale), self.A * math.sqrt(scale)
         if weight.shape[0] < weight.shape[1]:
             B, A = A.T, B.T

@@ -17,8 +17,9 @@ from torch import Tensor
 from lrc.solvers.base import Decomposition, Moments, SolverOptions, solver
 from lrc.solvers.checks import check
 from lrc.solvers.excess import Found, excess, measured
+from lrc.solvers.gram import GramSolver, gram
 from lrc.solvers.subspace import normal, orthonormal, ritz, row_gram, sparse_signs, without
-from lrc.solvers.terms import ordered_terms, peak, storage_dtype
+from lrc.solvers.terms import square_scale, storage_dtype
 
 BLOCK, BLOCKS = 16, 12  # of the Krylov space: its random rows, and how many times that many it has
 WIDEST = 0.75  # of all directions: a wider subspace saves little over the exact decomposition
@@ -27,20 +28,25 @@ MARGIN = 0.8  # the polynomial rises from this part of the estimated cut on: too
 OUTLIER = 32.0  # times the cut: the polynomial is 1e6 there, as much as float32 bears
 
 
-class RandomizedSolver(SolverOptions):
-    """Truncated singular value decomposition from a random subspace, its distance to the optimum checked."""
+class WithinTolerance(SolverOptions):
+    """The options of a solver that computes leading terms alone, within a stated error."""
 
-    type: Literal["randomized"] = "randomized"
     tolerance: float = Field(
         default=0.01, gt=0, le=1, description="How much the Frobenius error may exceed the least one, as a fraction of it."
     )
+    leading: ClassVar[bool] = True
+
+
+class RandomizedSolver(WithinTolerance):
+    """Truncated singular value decomposition from a random subspace, its distance to the optimum checked."""
+
+    type: Literal["randomized"] = "randomized"
     oversample: float = Field(
         default=0.22, gt=0, le=4, description="Directions searched beyond `max_rank`, as a fraction of it."
     )
     max_iterations: int = Field(
         default=3, ge=1, le=16, description="How often the polynomial is applied before the exact decomposition is taken."
     )
-    leading: ClassVar[bool] = True
 
 
 @solver(RandomizedSolver)
@@ -61,12 +67,11 @@ def randomized(
     doi:10.1016/j.jcp.2006.03.017; the sketch: Tropp, Yurtsever, Udell & Cevher (2019), doi:10.1137/18M1201068.
     """
     check(weight, bias, moments, max_rank, options.needs)
-    width = directions(weight, max_rank, options.oversample)
-    if width is None:
-        return _exact(
-            weight, bias, max_rank, "exact eigh of the Gram matrix: a subspace would be nearly as large as the weight"
-        )
+    width = directions(weight, max_rank, options)
     notes: list[str] = []
+    if width is None:
+        notes.append("exact eigh of the Gram matrix: a subspace would be nearly as large as the weight")
+        return replace(gram(weight, bias, moments, max_rank, GramSolver(), generator), notes=tuple(notes))
     for dtype in dict.fromkeys((storage_dtype(weight), torch.float64)):
         try:
             found, above = _search(tall(weight, dtype), max_rank, width, options, generator, notes)
@@ -77,23 +82,19 @@ def randomized(
             return replace(found.terms(weight), bias=bias, notes=tuple(notes))
         if not found.coarse(options.tolerance) and above < math.inf:
             break
-    return _exact(weight, bias, max_rank, *notes, "exact eigh of the Gram matrix")
+    notes.append("exact eigh of the Gram matrix")
+    return replace(gram(weight, bias, moments, max_rank, GramSolver(), generator), notes=tuple(notes))
 
 
-def directions(weight: Tensor, max_rank: int, oversample: float = 0.22) -> int | None:
+def directions(weight: Tensor, max_rank: int, options: RandomizedSolver) -> int | None:
     """Return how wide a subspace to search, or None where that would save nothing over an exact decomposition."""
-    width = max_rank + max(EXTRA, math.ceil(oversample * max_rank))
+    width = max_rank + max(EXTRA, math.ceil(options.oversample * max_rank))
     return width if max(width, BLOCK * BLOCKS) <= WIDEST * min(weight.shape) else None
 
 
-def _exact(weight: Tensor, bias: Tensor | None, max_rank: int, *notes: str) -> Decomposition:
-    terms = ordered_terms(weight, None, None, max_rank, storage_dtype(weight))
-    return replace(terms, bias=bias, notes=notes)
-
-
 def tall(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight over its `peak` in `dtype`, its longer side first."""
-    scale = peak(weight)
+    """Return the weight over its `square_scale` in `dtype`, its longer side first."""
+    scale = square_scale(weight)
     W = weight.to(dtype) if scale == 1 else weight.to(dtype) / scale
     return W if W.shape[0] >= W.shape[1] else W.T
 

@@ -68,7 +68,7 @@ def storage_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def peak(weight: Tensor) -> float:
+def square_scale(weight: Tensor) -> float:
     """Return what to divide a weight by, lest its squares under- or overflow: 1 for all but unusual units."""
     low, high = torch.aminmax(weight)
     largest = max(-float(low), float(high))

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from lrc.errors import LowerError
-from lrc.lower.inductor import SETTINGS, TorchCompileExport, compiled, compiler, export_torch_compile, open_settings
+from lrc.lower.inductor import SETTINGS, CompiledRunner, TorchCompileExport, compiler, export_torch_compile, open_settings
 from lrc.lower.pt2 import Pt2Export, export_pt2
 from lrc.program import Program
 
@@ -42,7 +42,7 @@ def test_a_module_is_compiled_with_named_settings(rewritten: Program) -> None:
     x = tiny.mlp_inputs(4, seed=3)
     module = rewritten.module()
     with torch.no_grad():
-        assert torch.allclose(compiled(module, "default")(x), module(x), atol=1e-5)
+        assert torch.allclose(CompiledRunner(module, SETTINGS["default"], True)(x=x)["output"], module(x), atol=1e-5)
     assert list(SETTINGS) == ["default", "freezing", "max_autotune"]
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lrc.lower.inductor import compiled, compiler
+from lrc.lower.inductor import SETTINGS, CompiledRunner, compiler
 from lrc.lower.unfuse import UnfuseBias, aten
 
 
@@ -56,4 +56,6 @@ def test_a_compiled_module_computes_the_same() -> None:
     module = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.LayerNorm(8)).eval()
     x = torch.randn(3, 5, 8)
     with torch.no_grad():
-        assert torch.allclose(compiled(module)(x), module(x), rtol=1e-5, atol=1e-6)
+        assert torch.allclose(
+            CompiledRunner(module, SETTINGS["default"], True)(input=x)["output"], module(x), rtol=1e-5, atol=1e-6
+        )

@@ -490,3 +490,14 @@ def test_arguments_that_are_no_tensors_are_those_of_the_capture_or_refused() -> 
             program(x, times=2)
         with pytest.raises(UsageError, match=r"inputs.negate"):
             program.module()(x, True)
+
+
+def test_arguments_of_an_exported_program_that_are_no_tensors_are_those_of_the_export() -> None:
+    module, x = Switched().eval(), torch.randn(3, 4)
+    program = capture_exported(torch.export.export(module, (x, True), kwargs={"times": 3}))
+    with torch.no_grad():
+        assert torch.equal(program(x, True, times=3)["output"], module(x, True, 3))
+        with pytest.raises(UsageError, match=r"inputs.negate: expected True"):
+            program(x, False)
+        with pytest.raises(UsageError, match=r"inputs.times: expected 3"):
+            program(x, True, times=4)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrc.solvers import Decomposition, Moments
+from lrc.solvers.ladder import FLOOR
 from lrc.spec.registry import Rule
 
 F64 = torch.float64
@@ -16,6 +17,8 @@ WEIGHTS = ["full", "deficient", "zero"]
 INPUTS = ["full", "few", "dead", "zero"]
 
 shapes = st.sampled_from(SHAPES)
+DAMPING = 1e-2  # of kfac's inputs, by default
+
 seeds = st.integers(0, 2**16)
 weights = st.sampled_from(WEIGHTS)
 inputs = st.sampled_from(INPUTS)
@@ -112,3 +115,23 @@ def product_error(S: Tensor, rank: int, size: int, norm: float) -> float:
     squares = S.double().square()
     gap = float(squares[rank - 1] - squares[rank])
     return float("inf") if gap <= 0 else 64 * size * EPS * norm * float(squares[0]) / gap
+
+
+def gradients(features: int, seed: int, kind: str = "full") -> Tensor:
+    return 0.1 * samples(features, seed + 50, kind)
+
+
+def damped(moment: Tensor | None, share: float) -> Tensor:
+    assert moment is not None
+    return moment + share * moment.diagonal().mean() * torch.eye(len(moment), dtype=F64)
+
+
+def second_order(dW: Tensor, C: Tensor, G: Tensor) -> float:
+    """1/2 tr(G dW C dW^T)."""
+    return 0.5 * float((G @ dW @ C).mul(dW).sum())
+
+
+def rounding(W: Tensor, C: Tensor, G: Tensor) -> float:
+    """What rounding and the floor under small eigenvalues may add to a predicted loss, for G of modest condition."""
+    condition = float(torch.linalg.cond(G)) ** 0.5
+    return (64 * sum(W.shape) * EPS * condition + FLOOR) * float(W.square().sum() * C.trace() * G.trace())

@@ -1,19 +1,19 @@
 """K-FAC whitening: losses in nats per token, comparable between layers, and reducible to the simpler solvers."""
 
 import re
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from solver_cases import (
+    DAMPING,
     EPS,
     F64,
     INPUTS,
     SHAPES,
+    damped,
+    gradients,
     inputs,
     moments_of,
     outputs,
@@ -21,7 +21,9 @@ from solver_cases import (
     product_error,
     randn,
     ranks_of,
+    rounding,
     samples,
+    second_order,
     seeds,
     shapes,
     solved,
@@ -34,31 +36,10 @@ from torch import Tensor
 from lrc.ranks import ParamsKept, SiteCurve, choose
 from lrc.solvers import Decomposition, Moments, kfac, propagated_target, svd, whitened
 from lrc.solvers.kfac import GROWTH, growth
-from lrc.solvers.ladder import FLOOR, root
+from lrc.solvers.ladder import root
 from lrc.solvers.terms import ordered_terms
 
-DAMPING = 1e-2  # of the inputs, by default
 damping = st.sampled_from([0.0, 1e-6, 1e-2, 1.0])
-
-
-def gradients(features: int, seed: int, kind: str = "full") -> Tensor:
-    return 0.1 * samples(features, seed + 50, kind)
-
-
-def damped(moment: Tensor | None, share: float) -> Tensor:
-    assert moment is not None
-    return moment + share * moment.diagonal().mean() * torch.eye(len(moment), dtype=F64)
-
-
-def second_order(dW: Tensor, C: Tensor, G: Tensor) -> float:
-    """1/2 tr(G dW C dW^T)."""
-    return 0.5 * float((G @ dW @ C).mul(dW).sum())
-
-
-def rounding(W: Tensor, C: Tensor, G: Tensor) -> float:
-    """What rounding and the floor under small eigenvalues may add to a predicted loss, for G of modest condition."""
-    condition = float(torch.linalg.cond(G)) ** 0.5
-    return (64 * sum(W.shape) * EPS * condition + FLOOR) * float(W.square().sum() * C.trace() * G.trace())
 
 
 @settings(max_examples=30, deadline=None)
@@ -288,69 +269,3 @@ def test_kfac_asks_for_inputs_and_gradients_and_damps_by_default_as_measured() -
     options = kfac.options()
     assert options.needs == {"inputs", "gradients"}
     assert (options.damping_in, options.damping_out, options.blend, options.fisher) == (DAMPING, 1.0, 0.5, "auto")
-
-
-@pytest.mark.parametrize(
-    ("options", "logits", "fisher", "focus"),
-    [
-        ({}, True, "sampled", 0.5),
-        ({}, False, "outputs", 1.0),
-        ({"fisher": "labels"}, False, "labels", 0.5),
-        ({"fisher": "outputs"}, True, "outputs", 1.0),
-        ({"focus": 0.2}, False, "outputs", 0.2),
-    ],
-)
-def test_what_is_left_to_the_model_is_settled_by_whether_it_has_logits(
-    options: dict[str, Any], logits: bool, fisher: str, focus: float
-) -> None:
-    made = kfac.options(**options).settled(logits=logits)
-    assert (made.fisher, made.focus) == (fisher, focus)
-    assert made.settled(logits=not logits) == made
-
-
-@pytest.mark.parametrize("focus", [-0.1, 1.1, "all"])
-def test_a_focus_out_of_range_is_refused(focus: float | str) -> None:
-    with pytest.raises(ValidationError):
-        kfac.options(focus=focus)
-
-
-def weighed(X: Tensor, g: Tensor) -> Moments:
-    """The moments with those of the inputs weighed by each token's squared gradient, written out."""
-    share = g.square().sum(1) / g.square().sum()
-    return replace(moments_of(X, g), weighted_gram=X.T @ (share[:, None] * X), weighted_mean=share @ X)
-
-
-@settings(max_examples=20, deadline=None)
-@given(shape=shapes, focus=st.sampled_from([0.0, 0.5, 1.0]), center=st.booleans(), seed=seeds)
-def test_a_share_of_the_inputs_counts_by_the_gradients_of_their_tokens(
-    shape: tuple[int, int], focus: float, center: bool, seed: int
-) -> None:
-    W, X, g = randn(*shape, seed=seed), samples(shape[1], seed), gradients(shape[0], seed)
-    terms = solved(kfac, W, weighed(X, g), focus=focus, center=center)
-    share = (1 - focus) / len(X) + focus * g.square().sum(1) / g.square().sum()
-    mean = share @ X if center else torch.zeros(shape[1], dtype=F64)
-    C = damped(X.T @ (share[:, None] * X) - torch.outer(mean, mean), DAMPING)
-    G = damped(moments_of(X, g).fisher, 1.0)
-    for rank in ranks_of(terms):
-        moment = moments_of(X).gram
-        assert moment is not None
-        assert abs(float(terms.losses()[rank]) - second_order(W - product(terms, rank), C, G)) <= rounding(W, C + moment, G)
-
-
-def test_a_token_that_the_loss_does_not_look_at_counts_for_nothing_at_full_focus() -> None:
-    W, X, g = randn(5, 4, seed=0), samples(4, 1), gradients(5, 2)
-    X[:10] *= 100
-    seen = g.clone()
-    seen[:10] = 0
-    with_them, without = solved(kfac, W, weighed(X, seen), focus=1.0), solved(kfac, W, weighed(X[10:], seen[10:]), focus=1.0)
-    assert torch.allclose(product(with_them, 2), product(without, 2), rtol=1e-8, atol=1e-10)
-
-
-def test_the_weighed_moment_is_the_nearest_kronecker_factor_beside_the_gradients_trace() -> None:
-    """E[g gᵀ ⊗ x xᵀ] traced over its left side is E[|g|² x xᵀ]: any other C of that trace is farther along G = I."""
-    X, g = samples(3, 1), gradients(2, 2)
-    F = torch.stack([torch.kron(torch.outer(b, b), torch.outer(a, a)) for a, b in zip(X, g, strict=True)]).mean(0)
-    C = weighed(X, g).weighted_gram
-    assert C is not None
-    partial = F.reshape(2, 3, 2, 3).diagonal(dim1=0, dim2=2).sum(-1)
-    assert torch.allclose(partial / partial.trace(), C / C.trace())

@@ -123,7 +123,7 @@ def test_a_tolerance_that_no_random_subspace_meets_ends_in_the_exact_decompositi
 
 def test_wide_subspaces_are_not_searched_for() -> None:
     W = randn(40, 30, seed=0)
-    assert directions(W, 10) is None
+    assert directions(W, 10, randomized.options()) is None
     terms = solve(randomized, W, 10)
     assert terms.notes == ("exact eigh of the Gram matrix: a subspace would be nearly as large as the weight",)
     assert error(W, terms) <= least(W, 10) * (1 + 1e-9)
