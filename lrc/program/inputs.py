@@ -31,6 +31,20 @@ class Inputs:
         made = {name: torch.export.Dim(name, max=self.largest.get(name)) for name in sorted(names)}
         return {name: {dim: made[size] for dim, size in self.dynamic.get(name, {}).items()} for name in self.examples}
 
+    def limits(self, *, static: bool = False) -> dict[str, list[int | list[Any]]]:
+        """Return the sizes of every input as plain data: a number, or for a dynamic one its name and largest value or None.
+
+        static: every size is that of the example.
+        """
+        return {
+            name: [
+                [dims[dim], self.largest.get(dims[dim])] if dim in dims and not static else size
+                for dim, size in enumerate(example.shape)
+            ]
+            for name, example in self.examples.items()
+            for dims in [self.dynamic.get(name, {})]
+        }
+
     def fill(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return a value for every input; a missing mask, token type or position gets that of one unpadded text.
 

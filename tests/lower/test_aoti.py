@@ -1,5 +1,6 @@
 """The AOTInductor package: native code that answers as the program does, at every shape."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import tiny
 import torch
 
 from lrc.errors import LowerError, UsageError
-from lrc.lower.aoti import AotiExport, AotiRunner, capability, export_aoti, open_aoti
+from lrc.lower.aoti import AotiExport, AotiRunner, capability, export_aoti, fits, in_words, open_aoti
 from lrc.lower.inductor import compiler
 from lrc.lower.pt2 import is_package
 from lrc.program import Program
@@ -63,3 +64,32 @@ def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.pt2").write_bytes(b"no package")
     with pytest.raises(LowerError, match="expected an AOTInductor package for this machine"):
         AotiRunner(tmp_path / "model.pt2")
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("static", [False, True])
+def test_sizes_that_a_package_was_not_compiled_for_are_refused(rewritten: Program, tmp_path: Path, static: bool) -> None:
+    """Native code would answer them with the numbers of another size."""
+    runner = open_aoti(tmp_path / export_aoti(rewritten, tmp_path, AotiExport(static=static)).artifact)
+    (example,) = rewritten.inputs.examples.values()
+    same = runner(x=example.double())["output"]  # cast to what it was compiled for
+    assert torch.allclose(same, rewritten(x=example)["output"], atol=1e-5)
+    rows, columns = example.shape
+    wanted = f"[{rows if static else 'batch'}, {columns}], which the package was compiled for, got "
+    wrong = [example[:, :-1], example[0], example[:0]] + ([example[:1]] if static else [])
+    for given in wrong:
+        with pytest.raises(UsageError, match=re.escape(f"model.pt2: x: expected {wanted}{list(given.shape)}")):
+            runner(x=given)
+    with pytest.raises(UsageError, match=r"model\.pt2: x: expected inputs x, got y"):
+        runner(y=example)
+
+
+def test_dynamic_sizes_of_one_name_are_equal_and_within_their_bound() -> None:
+    known: dict[str, int] = {}
+    assert fits(known, 3, ["batch", None])
+    assert not fits(known, 4, ["batch", None])
+    assert fits(known, 512, ["sequence", 512])
+    assert not fits({}, 513, ["sequence", 512])
+    assert not fits({}, 0, ["sequence", 512])
+    assert in_words(["sequence", 512]) == "sequence <= 512"
