@@ -4,14 +4,17 @@
         [--runtimes eager torch_compile onnx aoti] [--settings default freezing max_autotune] [--static]
 
 `share` is the measured ratio over the ideal one, that of the FLOPs of the linears and the attention of the whole model.
-`--settings` compares Inductor settings (default, freezing, max_autotune) for AOTInductor, `--static` fixed shapes.
+`--settings` compares Inductor's settings for AOTInductor, `--static` adds packages that are compiled for one shape.
 """
 
 import argparse
 import tempfile
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench_minilm_quality import LAYERS, SOLVERS, sentences
 from common import WORK, minilm, show
 
@@ -21,7 +24,25 @@ from lrc.lower.hf_folder import ModelRunner
 from lrc.lower.inductor import CompiledRunner
 from lrc.lower.onnx_file import OnnxExport, export_onnx
 from lrc.lower.ort import OrtRunner
+from lrc.program import Program
 from lrc.run.benchmark import Pair, benchmark_pairs
+from lrc.verify.cases import resized
+
+
+def at_shape(program: Program, batch: int, length: int) -> Program:
+    """The program with examples of one shape, for which a static package is compiled."""
+    made = program.clone()
+    sizes = {"batch": batch, "sequence": length}
+    made.inputs = replace(made.inputs, examples=resized(made.inputs, sizes, torch.Generator().manual_seed(0)))
+    return made
+
+
+def packages(dense: Program, compressed: Program, how: AotiExport, folder: Path) -> Pair:
+    runners = []
+    for label, program in (("dense", dense), ("compressed", compressed)):
+        written = export_aoti(program, folder / label, how)
+        runners.append(AotiRunner(folder / label / written.artifact))
+    return Pair(f"AOTInductor {how.settings}{' static' if how.static else ''}", *runners)
 
 
 def main() -> None:
@@ -69,14 +90,14 @@ def main() -> None:
                 written = export_onnx(program, folder / label, OnnxExport())
                 runners.append(OrtRunner(folder / label / written.artifact))
             pairs.append(Pair("ONNX Runtime", *runners))
-        for setting in options.settings if "aoti" in options.runtimes else ():
-            how = AotiExport(settings=setting, static=options.static)
-            packages = []
-            for label, program in (("dense", dense), ("compressed", done.program)):
-                written = export_aoti(program, folder / label / setting, how)
-                packages.append(AotiRunner(folder / label / setting / written.artifact))
-            pairs.append(Pair(f"AOTInductor {setting}{' static' if options.static else ''}", *packages))
+        settings = options.settings if "aoti" in options.runtimes else ()
+        pairs += [packages(dense, done.program, AotiExport(settings=setting), folder / setting) for setting in settings]
         rows = benchmark_pairs(pairs, dense, done.program, options.batches, options.lengths, options.rounds)
+        for batch, length in product(options.batches, options.lengths) if options.static else ():
+            fixed = [at_shape(program, batch, length) for program in (dense, done.program)]
+            place = folder / f"{batch}x{length}"
+            pairs = [packages(*fixed, AotiExport(settings=setting, static=True), place / setting) for setting in settings]
+            rows += benchmark_pairs(pairs, dense, done.program, [batch], [length], options.rounds)
     parameters = done.plan.parameters
     show("speed of MiniLM", rows, kept=options.kept, form=options.form, dtype="float32", parameters=list(parameters))
 
