@@ -62,7 +62,8 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
     clean(model)
     name_sizes(model, program)
     notes = [WIDENED] if widen(model) else []
-    external = options.external_data == "always" or (options.external_data == "auto" and model.ByteSize() > LARGE)
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)  # protobuf cannot tell the size of what is too large
+    external = options.external_data == "always" or (options.external_data == "auto" and size > LARGE)
     extra: dict[str, Any] = {}
     if external:
         extra = {"save_as_external_data": True, "all_tensors_to_one_file": True, "location": "model.onnx.data"}

@@ -1,5 +1,7 @@
 """The ONNX file: it checks, it runs without us, it says nothing of the machine that made it."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +107,24 @@ def test_external_data_stands_beside_the_file(tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     (tmp_path / "onnx").rename(moved)
     assert parity(program, moved / "model.onnx")
+
+
+@pytest.mark.slow
+def test_a_model_beyond_the_two_gibibytes_of_a_protobuf_message_is_exported_and_runs(tmp_path: Path) -> None:
+    memory, disk = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), shutil.disk_usage(tmp_path).free
+    if min(memory / 12e9, disk / 5e9) < 1:
+        pytest.skip("skipped: a model of more than 2 GiB needs 12 GB of memory and 5 GB of disk")
+    large = 23_200
+    module = nn.Sequential(nn.Linear(8, large, bias=False), nn.Linear(large, large, bias=False), nn.Linear(large, 2)).eval()
+    program = lrc.capture(module, torch.randn(2, 8))
+    written = export_onnx(program, tmp_path, OnnxExport())
+    data = tmp_path / "onnx" / "model.onnx.data"
+    try:
+        assert data.stat().st_size > 2**31
+        assert (tmp_path / FILE).stat().st_size < 10_000
+        assert parity(program, tmp_path / written.artifact)
+    finally:
+        data.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
