@@ -99,6 +99,15 @@ class LinearMap(nn.Module):
         return "*" if parameters and not any(p.requires_grad for p in parameters) else ""
 
 
+class InParts(LinearMap):
+    """A map that keeps its dense weight in parts."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, multiplied out anew: for code that asks a linear layer for its `weight` (T5 asks for its dtype)."""
+        return self.dense().weight
+
+
 Slot = nn.Parameter | LinearMap
 
 

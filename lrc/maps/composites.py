@@ -10,6 +10,7 @@ from torch import Tensor
 from lrc.maps.base import (
     Affine,
     Cost,
+    InParts,
     LinearMap,
     Slot,
     Structure,
@@ -24,7 +25,7 @@ from lrc.maps.base import (
 )
 
 
-class Composite(LinearMap):
+class Composite(InParts):
     """A map with named slots, each a bare matrix or a map."""
 
     names: tuple[str, ...]
@@ -34,11 +35,6 @@ class Composite(LinearMap):
         self.names = tuple(names)
         for name, part in zip(names, parts, strict=True):
             setattr(self, name, as_slot(part))
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, multiplied out anew: for code that asks a linear layer for its `weight` (T5 asks for its dtype)."""
-        return self.dense().weight
 
     @property
     def slots(self) -> tuple[Slot, ...]:

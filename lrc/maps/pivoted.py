@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrc.maps.base import Affine, Cost, LinearMap, Structure, as_parameter, exact_bias
+from lrc.maps.base import Affine, Cost, InParts, Structure, as_parameter, exact_bias
 
 Side = Literal["out", "in"]
 
 
-class Pivoted(LinearMap):
+class Pivoted(InParts):
     """The pivoted form of a rank-r matrix.
 
     side "out": P (rank, in_features) are pivot rows, Z (out_features - rank, rank) gives the others:
@@ -36,11 +36,6 @@ class Pivoted(LinearMap):
         rows = Z.shape[0] + Z.shape[1]
         self.out_features, self.in_features = (rows, P.shape[1]) if side == "out" else (P.shape[0], rows)
         self.set_bias(bias)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, multiplied out anew: for code that asks a linear layer for its `weight` (T5 asks for its dtype)."""
-        return self.dense().weight
 
     @property
     def rank(self) -> int:
