@@ -11,8 +11,8 @@ from typing import Any
 
 from lrc.data import Request
 from lrc.errors import LrcError, UsageError
-from lrc.lower.base import ExportOptions, Runner, Written
-from lrc.lower.hf_folder import HfExport, ModelRunner
+from lrc.lower.base import ExportOptions, Written
+from lrc.lower.hf_folder import HfExport
 from lrc.lower.pt2 import Pt2Export
 from lrc.measure import digest
 from lrc.program import Program
@@ -235,8 +235,3 @@ def calibration_request(program: Program, document: Document, base: Path, *, all
         base=base, samples=spec.samples, max_length=spec.max_length, batch_size=spec.batch_size, seed=spec.seed,
         text_column=spec.text_column, allow_code=allow_code,
     )  # fmt: skip
-
-
-def as_runner(module: Any) -> Runner:
-    """Return a module or program as a runner."""
-    return module if isinstance(module, Program) else ModelRunner(module)
