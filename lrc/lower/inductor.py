@@ -9,10 +9,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
+from lrc.lower.erf import RationalErf
 from lrc.lower.unfuse import UnfuseBias
 from lrc.program import Program
 
@@ -48,8 +50,23 @@ def export_torch_compile(program: Program, folder: Path, options: TorchCompileEx
 
 
 def with_passes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Inductor options with our passes over its graphs."""
-    return {"post_grad_custom_post_pass": UnfuseBias(), **options}
+    """Return Inductor options with our passes over its graphs, and with products and sums of kernels on the CPU contracted."""
+    return {"post_grad_custom_post_pass": Passes(), "cpp.enable_floating_point_contract_flag": "fast", **options}
+
+
+class Passes(CustomGraphPass):
+    """All our passes over Inductor's graphs, one after the other, for Inductor has room for a single one."""
+
+    passes = (UnfuseBias(), RationalErf())
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite the graph in place."""
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        """Return what Inductor's cache knows the passes by."""
+        return tuple(each.uuid() for each in self.passes)
 
 
 class CompiledRunner:

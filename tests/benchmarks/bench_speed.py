@@ -1,10 +1,11 @@
 """MiniLM dense and at half of its linear parameters, through every runtime, as ratios of one interleaved run.
 
     python tests/benchmarks/bench_speed.py [--form two_factor] [--kept 0.5] [--round-to 96] [--rounds 25]
-        [--runtimes eager torch_compile onnx aoti] [--settings default freezing max_autotune] [--static]
+        [--runtimes eager torch_compile onnx aoti] [--settings default freezing max_autotune] [--static] [--loads 1]
 
 `share` is the measured ratio over the ideal one, that of the FLOPs of the linears and the attention of the whole model.
-`--settings` compares Inductor's settings for AOTInductor, `--static` adds packages that are compiled for one shape.
+`--settings` compares Inductor's settings for AOTInductor, `--static` adds packages that are compiled for one shape,
+`--loads` opens each package several times and measures each.
 """
 
 import argparse
@@ -37,12 +38,14 @@ def at_shape(program: Program, batch: int, length: int) -> Program:
     return made
 
 
-def packages(dense: Program, compressed: Program, how: AotiExport, folder: Path) -> Pair:
-    runners = []
-    for label, program in (("dense", dense), ("compressed", compressed)):
-        written = export_aoti(program, folder / label, how)
-        runners.append(AotiRunner(folder / label / written.artifact))
-    return Pair(f"AOTInductor {how.settings}{' static' if how.static else ''}", *runners)
+def packages(dense: Program, compressed: Program, how: AotiExport, folder: Path, loads: int) -> list[Pair]:
+    """Both packages, opened several times: where the weights come to lie in memory is a draw of its own."""
+    made = [
+        folder / label / export_aoti(program, folder / label, how).artifact
+        for label, program in (("dense", dense), ("compressed", compressed))
+    ]
+    name = f"AOTInductor {how.settings}{' static' if how.static else ''}"
+    return [Pair(name, *map(AotiRunner, made)) for _ in range(loads)]
 
 
 def main() -> None:
@@ -55,6 +58,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--settings", nargs="+", default=["default"], choices=["default", "freezing", "max_autotune"])
     parser.add_argument("--static", action="store_true")
+    parser.add_argument("--loads", type=int, default=1)
     parser.add_argument("--runtimes", nargs="+", default=["eager", "torch_compile", "onnx", "aoti"])
     options = parser.parse_args()
     dense = lrc.capture(str(minilm()))
@@ -91,13 +95,15 @@ def main() -> None:
                 runners.append(OrtRunner(folder / label / written.artifact))
             pairs.append(Pair("ONNX Runtime", *runners))
         settings = options.settings if "aoti" in options.runtimes else ()
-        pairs += [packages(dense, done.program, AotiExport(settings=setting), folder / setting) for setting in settings]
+        for setting in settings:
+            pairs += packages(dense, done.program, AotiExport(settings=setting), folder / setting, options.loads)
         rows = benchmark_pairs(pairs, dense, done.program, options.batches, options.lengths, options.rounds)
         for batch, length in product(options.batches, options.lengths) if options.static else ():
             fixed = [at_shape(program, batch, length) for program in (dense, done.program)]
             place = folder / f"{batch}x{length}"
-            pairs = [packages(*fixed, AotiExport(settings=setting, static=True), place / setting) for setting in settings]
-            rows += benchmark_pairs(pairs, dense, done.program, [batch], [length], options.rounds)
+            for setting in settings:
+                pairs = packages(*fixed, AotiExport(settings=setting, static=True), place / setting, options.loads)
+                rows += benchmark_pairs(pairs, dense, done.program, [batch], [length], options.rounds)
     parameters = done.plan.parameters
     show("speed of MiniLM", rows, kept=options.kept, form=options.form, dtype="float32", parameters=list(parameters))
 
