@@ -25,6 +25,8 @@ class Need(StrEnum):
 
     INPUTS = "inputs"  # gram, mean, tokens
     GRADIENTS = "gradients"  # fisher, weighted_gram, weighted_mean
+    WEIGHT_FISHER = "weight_fisher"  # weight_fisher
+    MAGNITUDES = "magnitudes"  # magnitudes
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Moments:
     weighted_gram, weighted_mean: means of x xᵀ and x weighed by |g|² of their token, shapes as gram and mean.
     cross:  mean of x x̃ᵀ, x from the dense model and x̃ from the compressed one (`gram` is then that of x̃), or None.
     dense_mean: mean of x from the dense model, where `cross` is given; shape (in_features,), or None.
+    weight_fisher: mean over samples of (dL/dW)², elementwise, L the loss summed over a sample's tokens; shape of the weight.
+    magnitudes: mean over samples of the mean over their tokens of |x|, shape (in_features,).
     tokens: how many tokens the means are over.
     """
 
@@ -47,6 +51,8 @@ class Moments:
     weighted_mean: Tensor | None = None
     cross: Tensor | None = None
     dense_mean: Tensor | None = None
+    weight_fisher: Tensor | None = None
+    magnitudes: Tensor | None = None
     tokens: int = 0
 
 
