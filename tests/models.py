@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.data import Batches
-from lrc.maps import Chain, Pivoted
+from lrc.maps import LinearMap, Pivoted
 from lrc.program import Origin, Program, Site
 from lrc.program.capture import capture_module
 from lrc.program.source import Source, load_program
@@ -169,12 +169,9 @@ def batches(*items: Inputs) -> Batches:
     return Batches(tuple(items))
 
 
-def exact_chain(site: Site) -> Chain:
+def exact_chain(site: Site) -> LinearMap:
     """Return a product of two factors that stands for a site's own weight."""
-    weight, bias = site.map.exact()
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    B, A = (factor.to(site.dtype).contiguous() for factor in (U * S, Vh))
-    return Chain(B, A, bias=None if bias is None else bias.to(site.dtype))
+    return low_rank(site, min(site.shape))
 
 
 def exact_pivoted(site: Site, side: str = "out") -> Pivoted:
@@ -190,12 +187,12 @@ def exact_pivoted(site: Site, side: str = "out") -> Pivoted:
     return Pivoted(kept, Z, index, side, None if bias is None else bias.to(site.dtype))  # type: ignore[arg-type]
 
 
-def low_rank(site: Site, rank: int) -> Chain:
+def low_rank(site: Site, rank: int) -> LinearMap:
     """Return the closest product of a rank."""
-    whole = exact_chain(site)
-    bias = None if whole.bias is None else whole.bias.detach().clone()
-    B, A = whole.B.detach(), whole.A.detach()  # type: ignore[union-attr]
-    return Chain(B[:, :rank].clone(memory_format=torch.contiguous_format), A[:rank].clone(), bias=bias)
+    weight, bias = site.map.exact()
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    B, A = (factor.to(site.dtype).contiguous() for factor in ((U * S)[:, :rank], Vh[:rank]))
+    return site.layout.product(B, A, None if bias is None else bias.to(site.dtype))
 
 
 def factorized(program: Program, rank: int = 4, ignore: tuple[str, ...] = ()) -> Program:

@@ -2,32 +2,43 @@
 
 from lrc.maps.base import Affine, Cost, LinearMap, Structure
 from lrc.maps.composites import Chain, Composite, Scale, Sum
+from lrc.maps.conv import Conv, ConvChain, Geometry
+from lrc.maps.layouts import Indices, Layout, Patches, Rows, planned
 from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
+from lrc.maps.lookup import Lookup
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
 from lrc.maps.simplify import Folded, fold, simplify
-from lrc.maps.structure import chain_structure, pivoted_structure, restore
+from lrc.maps.structure import pivoted_structure, restore
 
 __all__ = [
     "Affine",
     "Chain",
     "Composite",
+    "Conv",
+    "ConvChain",
     "Cost",
     "Dense",
     "Diagonal",
     "Folded",
+    "Geometry",
+    "Indices",
+    "Layout",
     "LinearMap",
+    "Lookup",
+    "Patches",
     "Permutation",
     "Pivoted",
+    "Rows",
     "Scale",
     "Structure",
     "Sum",
-    "chain_structure",
     "fold",
     "frozen",
     "permute_inputs",
     "permute_outputs",
     "pivoted_structure",
+    "planned",
     "restore",
     "simplify",
 ]

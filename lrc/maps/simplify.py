@@ -10,7 +10,9 @@ import torch
 
 from lrc.maps.base import Affine, Cost, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
 from lrc.maps.composites import Chain, Composite, Scale, Sum
+from lrc.maps.conv import Conv, ConvChain
 from lrc.maps.leaves import Dense, Diagonal, Permutation
+from lrc.maps.lookup import Lookup, lookup_of
 
 
 class Folded(NamedTuple):
@@ -24,10 +26,15 @@ Rule = Callable[[LinearMap], LinearMap | None]
 
 
 def fold(made: LinearMap) -> LinearMap:
-    """Return the one dense map that `made` stands for. Raises TypeError where it stands for none."""
-    if isinstance(made, Dense):
+    """Return the one dense map, convolution or table that `made` stands for. Raises TypeError where it stands for none."""
+    if isinstance(made, Dense | Conv | Lookup):
         return made
+    if isinstance(made, ConvChain):
+        return made.folded()
     weight, bias = made.dense()
+    lookup = lookup_of(made)
+    if lookup is not None:
+        return Lookup(weight.T.contiguous(), lookup.padding_index, bias)
     return Dense(weight, bias)
 
 

@@ -7,10 +7,13 @@ import torch
 
 from lrc.maps.base import LinearMap, Structure
 from lrc.maps.composites import Chain, Composite, Scale, Sum
+from lrc.maps.conv import Conv, ConvChain
 from lrc.maps.leaves import Dense, Diagonal, Permutation
+from lrc.maps.lookup import Lookup
 from lrc.maps.pivoted import Pivoted
 
-MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale)}
+KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup)
+MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 
 
 def restore(structure: Mapping[str, Any]) -> LinearMap:
@@ -33,12 +36,6 @@ def _part(part: Any) -> Any:
         return restore(part)
     rows, columns = part
     return torch.empty(rows, columns)
-
-
-def chain_structure(out_features: int, rank: int, in_features: int, *, bias: bool) -> Structure:
-    """Return the structure of a rank-r product in two factors, without making one."""
-    parts = [[out_features, rank], [rank, in_features]]
-    return {"map": Chain.word, "names": ["B", "A"], "parts": parts, "bias": bias}
 
 
 def pivoted_structure(out_features: int, rank: int, in_features: int, *, bias: bool) -> Structure:

@@ -9,16 +9,18 @@ from torch import Tensor, fx
 
 from lrc.data import Batch, Batches
 from lrc.errors import SiteError
+from lrc.maps import Layout
 from lrc.measure.cache import Cache
 from lrc.measure.cotangents import Fisher, cotangent
-from lrc.measure.second_moments import SecondMoment
+from lrc.measure.second_moments import Counts, SecondMoment
 from lrc.measure.stored import load_moments, store_moments
-from lrc.measure.taps import Tap, padding_masks, placeholder_values, row_mask, rows_of, taps_of, traced_masks
+from lrc.measure.taps import Tap, padding_masks, pieces, placeholder_values, row_mask, rows_of, taps_of, traced_masks
 from lrc.program import Program
 from lrc.program.readout import readout
 from lrc.solvers import Moments, Need
 
 Progress = Callable[[int, int], None]
+Source = tuple[fx.Node, Layout | None]
 
 
 def collect(
@@ -76,12 +78,15 @@ class Walk(fx.Interpreter):
         self.taps: dict[str, tuple[Tap, ...]] = {fqn: taps_of(program, fqn) for fqn in fqns}
         every = [tap for taps in self.taps.values() for tap in taps]
         width = {fqn: program.sites[fqn].shape for fqn in self.taps}
-        self.inputs = {tap.reads: SecondMoment(width[tap.fqn][1]) for tap in every}
+        self.inputs = {source(tap): accumulator(tap, width[tap.fqn][1]) for tap in every}
         self.outputs = {tap.gives: SecondMoment(width[tap.fqn][0]) for tap in every}
-        self.weighted = {tap.gives: SecondMoment(width[tap.fqn][1]) for tap in every} if gradients else {}
-        self.reads = {tap.gives: tap.reads for tap in every}
-        self.names = {node: tap.fqn for tap in every for node in (tap.reads, tap.gives)}
-        self.tokens = {tap.reads: 0 for fqn in program.sites for tap in taps_of(program, fqn)}
+        self.weighted = {tap.gives: accumulator(tap, width[tap.fqn][1]) for tap in every} if gradients else {}
+        self.given_by = {tap.gives: tap for tap in every}
+        self.read_by: dict[fx.Node, dict[Source, Tap]] = {}
+        for tap in every:
+            self.read_by.setdefault(tap.reads, {})[source(tap)] = tap
+        self.tokens = {tap.gives: 0 for fqn in program.sites for tap in taps_of(program, fqn)}
+        self.layouts = {tap.gives: tap.layout for fqn in program.sites for tap in taps_of(program, fqn)}
         self.in_place = any(_is_in_place(node) for node in program.graph_module.graph.nodes)
         self.traced = traced_masks(program)
         self.masks: dict[str, Tensor] = {}
@@ -102,12 +107,17 @@ class Walk(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run a node; what a tap looks at is added, and given a gradient."""
         value = super().run_node(n)
+        if n in self.read_by:
+            kept = value.detach()
+            for key, tap in self.read_by[n].items():
+                for rows, _ in pieces(tap.layout, kept, self.mask_of(tap, n, kept)):
+                    self.inputs[key].add(rows)
+            if self.gradients:
+                self.seen[n] = kept.clone() if self.in_place else kept
         if n in self.tokens:
-            rows = rows_of(value, row_mask(n, value, self.masks, self.traced))
-            self.tokens[n] += len(rows)
-            if n in self.inputs:
-                self.inputs[n].add(rows)
-                self.seen[n] = rows.clone() if self.in_place else rows
+            outputs = self.layouts[n].outputs(value)
+            mask = row_mask(n, outputs, self.masks, self.traced)
+            self.tokens[n] += outputs[..., 0].numel() if mask is None else int(mask.sum())
         if self.gradients and n in self.outputs:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
@@ -115,6 +125,12 @@ class Walk(fx.Interpreter):
             if self.in_place:  # what follows may overwrite the value, and the gradient would be that of what is there then
                 value = value.clone()
         return value
+
+    def mask_of(self, tap: Tap, node: fx.Node, value: Tensor) -> Tensor | None:
+        """Return which rows of what a tap reads, or gives, are no padding; None for all. The pixels of an image always are."""
+        if tap.layout.kind == "conv":
+            return None
+        return row_mask(node, value, self.masks, self.traced, whole=tap.layout.kind == "embedding" and node is tap.reads)
 
     def _backward(
         self, outputs: Mapping[str, Tensor], batch: Batch, fisher: Fisher, draws: int, generator: torch.Generator
@@ -129,17 +145,22 @@ class Walk(fx.Interpreter):
             for node, gradient in zip(nodes, gradients, strict=True):
                 if gradient is None:
                     gradient = torch.zeros_like(self.given[node])
-                rows = rows_of(gradient, row_mask(node, gradient, self.masks, self.traced))
-                self.outputs[node].add(rows, 1.0 / draws)
-                self.weighted[node].add(self.seen[self.reads[node]], 1.0 / draws, rows.float().square().sum(1))
+                self._add_gradient(self.given_by[node], gradient, 1.0 / draws)
+
+    def _add_gradient(self, tap: Tap, gradient: Tensor, weight: float) -> None:
+        rows = rows_of(tap.layout.outputs(gradient), self.mask_of(tap, tap.gives, gradient))
+        self.outputs[tap.gives].add(rows, weight)
+        squares, value = rows.float().square().sum(1), self.seen[tap.reads]
+        for read, place in pieces(tap.layout, value, self.mask_of(tap, tap.reads, value)):
+            self.weighted[tap.gives].add(read, weight, squares[place])
 
     def moments(self) -> dict[str, Moments]:
         """Return the means; the same tensor for sites that read the same value."""
         tokens = max(self.tokens.values(), default=0)
-        grams: dict[tuple[fx.Node, ...], tuple[Tensor, Tensor, int]] = {}
+        grams: dict[tuple[Source, ...], tuple[Tensor, Tensor, int]] = {}
         made = {}
         for fqn, taps in self.taps.items():
-            reads = tuple(dict.fromkeys(tap.reads for tap in taps))
+            reads = tuple(dict.fromkeys(source(tap) for tap in taps))
             if reads not in grams:
                 grams[reads] = self._means(fqn, reads)
             gram, mean, rows = grams[reads]
@@ -157,11 +178,21 @@ class Walk(fx.Interpreter):
         mean = _added([self.weighted[node].column_sum() for node in gives]) / weight
         return replace(moments, fisher=fisher, weighted_gram=gram, weighted_mean=mean)
 
-    def _means(self, fqn: str, reads: tuple[fx.Node, ...]) -> tuple[Tensor, Tensor, int]:
-        rows = sum(self.inputs[node].rows for node in reads)
-        gram = _added([self.inputs[node].total() for node in reads])
-        mean = _added([self.inputs[node].column_sum() for node in reads])
+    def _means(self, fqn: str, reads: tuple[Source, ...]) -> tuple[Tensor, Tensor, int]:
+        rows = sum(self.inputs[key].rows for key in reads)
+        gram = _added([self.inputs[key].total() for key in reads])
+        mean = _added([self.inputs[key].column_sum() for key in reads])
         return _finite(gram / max(rows, 1), fqn, "inputs"), mean / max(rows, 1), rows
+
+
+def source(tap: Tap) -> Source:
+    """Return what one second moment belongs to: a value, and for all but linears how it is read as rows."""
+    return tap.reads, None if tap.layout.kind == "linear" else tap.layout
+
+
+def accumulator(tap: Tap, features: int) -> SecondMoment | Counts:
+    """Return sums for what a tap reads: of one-hot vectors, only how often each one came."""
+    return Counts(features) if tap.layout.kind == "embedding" else SecondMoment(features)
 
 
 def _added(tensors: Sequence[Tensor]) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from lrc.data import Batch, Batches
+from lrc.maps import Layout
 from lrc.measure.second_moments import CrossMoment, SecondMoment
-from lrc.measure.taps import padding_masks, placeholder_values, row_mask, rows_of, taps_of, traced_masks
+from lrc.measure.taps import Tap, padding_masks, pieces, placeholder_values, row_mask, taps_of, traced_masks
 from lrc.program import Program
 from lrc.solvers import Moments
 
@@ -61,7 +62,7 @@ class Lockstep:
         self.batches = batches
         self._dense = [Stepper(dense, batch) for batch in batches]
         self._compressed = [Stepper(compressed, batch) for batch in batches]
-        self._seen: dict[str, Moments] = {}
+        self._seen: dict[tuple[str, Layout], Moments] = {}
 
     @torch.no_grad()
     def advance_to(self, fqn: str, dense_moments: Moments) -> Moments:
@@ -71,20 +72,24 @@ class Lockstep:
         on its first use.
         """
         tap = taps_of(self.dense, fqn)[0]
-        name = tap.reads.name
-        if name not in self._seen:
-            self._seen = {name: self._measure(tap.reads, self.dense.sites[fqn].in_features)}
-        return replace(self._seen[name], fisher=dense_moments.fisher)
+        if tap.layout.kind == "embedding":  # compression before it changes no index
+            return dense_moments
+        key = (tap.reads.name, tap.layout)
+        if key not in self._seen:
+            self._seen = {key: self._measure(tap, self.dense.sites[fqn].in_features)}
+        return replace(self._seen[key], fisher=dense_moments.fisher)
 
-    def _measure(self, reads: fx.Node, features: int) -> Moments:
+    def _measure(self, tap: Tap, features: int) -> Moments:
+        reads, layout = tap.reads, tap.layout
         gram, cross = SecondMoment(features), CrossMoment(features)
         traced = traced_masks(self.dense)
         steppers: Iterable[tuple[Batch, Stepper, Stepper]] = zip(self.batches, self._dense, self._compressed, strict=True)
         for batch, dense, compressed in steppers:
             x, seen = dense.advance_to(reads.name), compressed.advance_to(reads.name)
-            mask = row_mask(reads, x, padding_masks(batch), traced)
-            gram.add(rows_of(seen, mask))
-            cross.add(rows_of(x, mask), rows_of(seen, mask))
+            mask = None if layout.kind == "conv" else row_mask(reads, x, padding_masks(batch), traced)
+            for (left, _), (right, _) in zip(pieces(layout, x, mask), pieces(layout, seen, mask), strict=True):
+                gram.add(right)
+                cross.add(left, right)
         rows = max(gram.rows, 1)
         return Moments(
             gram=gram.total() / rows,

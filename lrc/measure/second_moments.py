@@ -48,6 +48,32 @@ class SecondMoment:
         return self._sum
 
 
+class Counts:
+    """The second moment of one-hot vectors x: how often every index was read. It is both the diagonal and the sum of x."""
+
+    def __init__(self, features: int) -> None:
+        self.rows = 0
+        self.weight = 0.0
+        self._counts = torch.zeros(features, dtype=torch.float64)
+
+    def add(self, x: Tensor, weight: float = 1.0, rows: Tensor | None = None) -> None:
+        """Add indices, shape (tokens, 1); weight and rows as for `SecondMoment`."""
+        indices = x.detach().reshape(-1)
+        self._counts = self._counts.to(indices.device)
+        ones = torch.ones(len(indices), dtype=torch.float64, device=indices.device) if rows is None else rows.double()
+        self._counts.index_add_(0, indices, ones, alpha=weight)
+        self.weight += weight * float(ones.sum())
+        self.rows += len(indices)
+
+    def total(self) -> Tensor:
+        """Return the diagonal of the sum of x xᵀ, (features,), float64."""
+        return self._counts
+
+    def column_sum(self) -> Tensor:
+        """Return the sum of x, (features,), float64."""
+        return self._counts
+
+
 class CrossMoment:
     """The running sums over tokens of x yᵀ for two tensors with the same rows, and of y; precision as in `SecondMoment`."""
 

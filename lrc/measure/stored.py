@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrc.measure.cache import Cache, digest
 from lrc.measure.second_moments import pack_symmetric, unpack_symmetric
-from lrc.program import Program
+from lrc.program import Program, Site
 from lrc.solvers import Moments
 
 
@@ -21,10 +21,8 @@ def store_moments(cache: Cache, key: str, program: Program, moments: Mapping[str
             assert found.gram is not None
             assert found.mean is not None
             rows = torch.tensor([found.tokens])
-            cache.put(shared, {"gram": pack_symmetric(found.gram), "mean": found.mean, "tokens": rows})
-        own = {
-            name: pack_symmetric(value) for name in ("fisher", "weighted_gram") if (value := getattr(found, name)) is not None
-        }
+            cache.put(shared, {"gram": _packed(found.gram), "mean": found.mean, "tokens": rows})
+        own = {name: _packed(value) for name in ("fisher", "weighted_gram") if (value := getattr(found, name)) is not None}
         if found.weighted_mean is not None:
             own["weighted_mean"] = found.weighted_mean
         cache.put(_site_key(key, fqn), own | {"there": torch.ones(1)})
@@ -41,15 +39,25 @@ def load_moments(cache: Cache, key: str, program: Program, fqns: Iterable[str]) 
             entry = cache.get(name)
             if entry is not None:
                 features = entry["mean"].shape[0]
-                shared[name] = unpack_symmetric(entry["gram"], features), entry["mean"], int(entry["tokens"])
+                gram = _unpacked(program.sites[fqn], "gram", entry["gram"], features)
+                shared[name] = gram, entry["mean"], int(entry["tokens"])
         if own is None or name not in shared:
             continue
         gram, mean, tokens = shared[name]
         site = program.sites[fqn]
         sizes = {"fisher": site.out_features, "weighted_gram": site.in_features}
-        unpacked = {name: unpack_symmetric(own[name], size) for name, size in sizes.items() if name in own}
+        unpacked = {name: _unpacked(site, name, own[name], size) for name, size in sizes.items() if name in own}
         found[fqn] = Moments(gram=gram, mean=mean, tokens=tokens, weighted_mean=own.get("weighted_mean"), **unpacked)
     return found
+
+
+def _packed(moment: Tensor) -> Tensor:
+    """Return what is stored of a second moment: its upper triangle, or its diagonal where it has nothing else."""
+    return moment if moment.ndim == 1 else pack_symmetric(moment)
+
+
+def _unpacked(site: Site, name: str, packed: Tensor, features: int) -> Tensor:
+    return packed if site.kind == "embedding" and name != "fisher" else unpack_symmetric(packed, features)
 
 
 def _site_key(key: str, fqn: str) -> str:
@@ -57,5 +65,7 @@ def _site_key(key: str, fqn: str) -> str:
 
 
 def _input_key(key: str, program: Program, fqn: str) -> str:
-    reads = sorted({use.input for use in program.site(fqn).uses})
-    return f"{digest(key, 'input', reads)}-inputs"
+    site = program.site(fqn)
+    reads = sorted({use.input for use in site.uses})
+    layout = () if site.kind == "linear" else (repr(site.layout),)
+    return f"{digest(key, 'input', reads, *layout)}-inputs"

@@ -1,6 +1,6 @@
 """Where in the graph the values are that calibration looks at: what a site reads, what it gives, which rows are padding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,16 +8,20 @@ import torch
 from torch import Tensor, fx
 
 from lrc.errors import SiteError
+from lrc.maps import Layout
 from lrc.program import Program
+
+PIECE = 64 * 2**20  # bytes of patches that are held at a time
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One use of a site: the node that it reads and the node that it gives."""
+    """One use of a site: the node that it reads and the node that it gives, and how both are rows."""
 
     fqn: str
     reads: fx.Node
     gives: fx.Node
+    layout: Layout
 
 
 def taps_of(program: Program, fqn: str) -> tuple[Tap, ...]:
@@ -25,10 +29,10 @@ def taps_of(program: Program, fqn: str) -> tuple[Tap, ...]:
     site = program.sites.get(fqn)
     nodes = program.nodes
     if site is None or not site.uses:
-        raise SiteError(fqn, message="the captured graph has no linear of this name")
+        raise SiteError(fqn, message="the captured graph has no site of this name")
     order = {name: place for place, name in enumerate(nodes)}
     uses = sorted(site.uses, key=lambda use: order[use.node])
-    return tuple(Tap(fqn, nodes[use.input], nodes[use.node]) for use in uses)
+    return tuple(Tap(fqn, nodes[use.input], nodes[use.node], site.layout) for use in uses)
 
 
 def placeholder_values(program: Program, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -36,18 +40,21 @@ def placeholder_values(program: Program, inputs: Mapping[str, Tensor]) -> list[T
     return list(program.inputs.fill(inputs).values())
 
 
-def row_mask(node: fx.Node, value: Tensor, masks: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> Tensor | None:
+def row_mask(
+    node: fx.Node, value: Tensor, masks: Mapping[str, Tensor], shapes: Mapping[str, Tensor], *, whole: bool = False
+) -> Tensor | None:
     """Return which rows of `value`, shape (..., features), are no padding: a flat bool tensor, or None for all.
 
     masks: the batch's attention masks that hold zeros; shapes: the traced masks (symbolic shapes) by the same names. A
     mask applies where the traced leading sizes of the node are the mask's, (batch, sequence, …) or flattened to one;
-    where nothing was traced, the sizes of this batch decide. A pooled value has one row a sample and no mask.
+    where nothing was traced, the sizes of this batch decide. A pooled value has one row a sample and no mask. whole: every
+    entry of the value is a row (indices).
     """
     traced = node.meta.get("val")
     for name, mask in masks.items():
-        leading, wanted = _sizes(value), _sizes(mask, whole=True)
+        leading, wanted = _sizes(value, whole=whole), _sizes(mask, whole=True)
         if isinstance(traced, Tensor) and name in shapes:
-            leading, wanted = _sizes(traced), _sizes(shapes[name], whole=True)
+            leading, wanted = _sizes(traced, whole=whole), _sizes(shapes[name], whole=True)
         if leading == wanted or leading == [_product(wanted)]:
             return mask.reshape(-1).bool()
     return None
@@ -83,6 +90,24 @@ def _product(sizes: Sequence[Any]) -> Any:
     for size in sizes:
         product = product * size
     return product
+
+
+def pieces(layout: Layout, value: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, slice]]:
+    """Yield what a site reads as unpadded rows, (rows, in_features), and which rows of all they are.
+
+    Patches of an image are many times larger than the image: they are made for a few samples at a time.
+    """
+    if layout.kind != "conv":
+        rows = rows_of(layout.inputs(value), mask)
+        yield rows, slice(0, len(rows))
+        return
+    samples, start = len(value), 0
+    largest = layout.inputs(value[:1]).numel() * value.element_size() if samples else 1
+    step = max(1, PIECE // max(largest, 1))
+    for first in range(0, samples, step):
+        rows = rows_of(layout.inputs(value[first : first + step]), None)
+        yield rows, slice(start, start + len(rows))
+        start += len(rows)
 
 
 def rows_of(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,42 +1,21 @@
 """Recognising the linears of an ATen graph, before and after decomposition, by what the nodes compute."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from lrc.maps import Rows
+from lrc.program.products import Product, stored
+
 aten = torch.ops.aten
 
-FLIPS = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
-PASSES = {aten.detach.default, aten.alias.default}
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A product with a stored matrix.
-
-    node: the node whose value is the layer's output; reads: the layer's input; weight, bias: the names of the tensors;
-    transposed: the matrix is stored as (in_features, out_features).
-    """
-
-    node: fx.Node
-    reads: fx.Node
-    weight: str
-    bias: str | None
-    transposed: bool
-
-
-def find_linears(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> list[Linear]:
-    """Return every linear of the graph, in order. tensors: the stored tensors by name."""
-    found = (match(node, tensors) for node in graph.nodes if node.op == "call_function")
-    return [linear for linear in found if linear is not None]
-
-
-def match(node: fx.Node, tensors: Mapping[str, Tensor]) -> Linear | None:
-    """Return the linear that `node` computes, or None."""
+def match_linear(node: fx.Node, tensors: Mapping[str, Tensor]) -> Product | None:
+    """Return the linear that `node` computes, or None. tensors: the stored tensors by name."""
     args = node.args
     bias: Any = None
     if node.target == aten.linear.default:
@@ -52,27 +31,27 @@ def match(node: fx.Node, tensors: Mapping[str, Tensor]) -> Linear | None:
         return _batched(node, tensors)
     else:
         return None
-    source = _stored(weight)
-    bias_name = _stored(bias) if bias is not None else None
+    source = stored(weight)
+    bias_name = stored(bias) if bias is not None else None
     if source is None or not isinstance(x, fx.Node) or (bias is not None and bias_name is None):
         return None
     (name, flips), flipped_bias = source, bias_name[1] if bias_name else 0
-    if tensors[name].ndim != 2 or _stored(x) is not None or flipped_bias:
+    if tensors[name].ndim != 2 or stored(x) is not None or flipped_bias:
         return None
     if bias_name is not None and tensors[bias_name[0]].ndim != 1:
         return None
     transposed = stored_transposed != bool(flips % 2)
     reads, gives = _without_views(x, node)
-    return Linear(gives, reads, name, bias_name[0] if bias_name else None, transposed)
+    return Product(gives, reads, name, bias_name[0] if bias_name else None, Rows(transposed))
 
 
-def _batched(node: fx.Node, tensors: Mapping[str, Tensor]) -> Linear | None:
+def _batched(node: fx.Node, tensors: Mapping[str, Tensor]) -> Product | None:
     """Match a product that was spread over a batch, as decompositions do where the input's memory is not in order.
 
     It is `bmm(view(expand(x)), view(expand(weight.T)))`, a view back to the leading sizes of x, and an addition of the bias.
     """
     x, weight = node.args
-    source = _stored(_before_views(weight, 2)[-1])
+    source = stored(_before_views(weight, 2)[-1])
     if source is None or tensors[source[0]].ndim != 2:
         return None
     gives = node
@@ -81,15 +60,15 @@ def _batched(node: fx.Node, tensors: Mapping[str, Tensor]) -> Linear | None:
         gives = after
     leading = _leading(gives)
     reads = [read for read in _before_views(x, 1) if leading is not None and _leading(read) == leading]
-    if not reads or _stored(reads[-1]) is not None:
+    if not reads or stored(reads[-1]) is not None:
         return None
     bias = None
     after = _only_user(gives)
     if after is not None and after.target == aten.add.Tensor and after.args[0] is gives and not after.kwargs:
-        added = _stored(after.args[1])
+        added = stored(after.args[1])
         if added is not None and tensors[added[0]].shape == (tensors[source[0]].shape[1 - source[1] % 2],):
             bias, gives = added[0], after
-    return Linear(gives, reads[-1], source[0], bias, not source[1] % 2)
+    return Product(gives, reads[-1], source[0], bias, Rows(not source[1] % 2))
 
 
 def _before_views(node: Any, kept: int) -> list[Any]:
@@ -116,17 +95,6 @@ def _leading(node: Any) -> list[Any] | None:
     return [_size(size) for size in value.shape[:-1]] if isinstance(value, Tensor) else None
 
 
-def _stored(node: Any) -> tuple[str, int] | None:
-    """Return the name of the stored tensor that a node reads and how often it is transposed on the way."""
-    flips = 0
-    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in FLIPS | PASSES:
-        flips += node.target in FLIPS
-        node = node.args[0]
-    if isinstance(node, fx.Node) and node.op == "get_attr":
-        return str(node.target), flips
-    return None
-
-
 def _without_views(x: fx.Node, node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Widen a product on flattened rows (`view, addmm, view`) to the layer's own input and output."""
     if x.op != "call_function" or x.target not in VIEWS or len(node.users) != 1:
@@ -147,36 +115,3 @@ def _without_views(x: fx.Node, node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _size(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
-
-
-def consumers(graph: fx.Graph, linears: Sequence[Linear], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return, for every stored matrix, the other operations that read it, by their plain names."""
-    ours = inside(linears)
-    found: dict[str, list[str]] = {}
-    for node in graph.nodes:
-        if node.op != "call_function" or node in ours or node.target in FLIPS | PASSES:
-            continue
-        for read in node.all_input_nodes:
-            source = _stored(read)
-            if source is not None and tensors[source[0]].ndim >= 2:
-                found.setdefault(source[0], []).append(plain_name(node.target))
-    return found
-
-
-def inside(linears: Iterable[Linear]) -> set[fx.Node]:
-    """Return the nodes that linears are made of, from what they read (excluded) to what they give."""
-    found: set[fx.Node] = set()
-    for linear in linears:
-        waiting = [linear.node]
-        while waiting:
-            node = waiting.pop()
-            if node not in found and node is not linear.reads:
-                found.add(node)
-                waiting += node.all_input_nodes
-    return found
-
-
-def plain_name(target: Any) -> str:
-    """Return `embedding` for `aten.embedding.default`."""
-    name = target.__name__ if hasattr(target, "__name__") else str(target)
-    return str(name).split(".", 1)[0].strip("_")

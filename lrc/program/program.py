@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from lrc.errors import SiteError, UsageError
 from lrc.maps import LinearMap
 from lrc.program.edits import put, raise_uses
+from lrc.program.find import consumers, find_products
 from lrc.program.inputs import Inputs
-from lrc.program.linears import consumers, find_linears
 from lrc.program.sites import Names, Site, find_sites
 
 
@@ -116,7 +116,7 @@ class Program:
     def site(self, fqn: str) -> Site:
         """Return a site. Raises SiteError when the program has none of this name."""
         if fqn not in self.sites:
-            raise SiteError(fqn, message="the captured graph has no linear of this name", hint="`lrc inspect` lists them")
+            raise SiteError(fqn, message="the captured graph has no site of this name", hint="`lrc inspect` lists them")
         return self.sites[fqn]
 
     def map_of(self, fqn: str) -> LinearMap:
@@ -164,10 +164,10 @@ class Program:
         return nn.Parameter(total.to(made.dtype)) if isinstance(total, Tensor) else None
 
     def unsupported(self) -> list[str]:
-        """Return the operations that read stored matrices of two or more dimensions and are no linears, by plain names."""
+        """Return the operations that read stored matrices of two or more dimensions and are no sites, by plain names."""
         graph = self.graph_module.graph
         named = dict(_named(self.graph_module, remove_duplicate=False))
-        found = consumers(graph, find_linears(graph, named), named)
+        found = consumers(graph, find_products(graph, named), named)
         return sorted({name for names in found.values() for name in names})
 
     def clone(self) -> "Program":

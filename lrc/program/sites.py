@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from lrc.maps import Dense, LinearMap
-from lrc.program.linears import Linear, consumers, find_linears, inside
+from lrc.maps import Layout, LinearMap, Rows
+from lrc.program.find import consumers, find_products, inside
+from lrc.program.products import Product
 
 if TYPE_CHECKING:
     from lrc.program.program import Program
+
+TYPES = {"linear": "Linear", "conv": "Conv", "embedding": "Embedding"}  # of a site whose module nobody named
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class Use:
 class Site:
     """A weight and everything that uses it.
 
-    fqn: the fully qualified name, that of the first use in model order. weight_name: the stored tensor. transposed: stored
-    as (in_features, out_features), as in GPT-2. type_name: class of the module that owns it. tied: what else reads the
-    same storage (`embedding`). has_module: False where the weight is a bare parameter of a larger module.
+    fqn: the fully qualified name, that of the first use in model order. weight_name: the stored tensor. layout: how that
+    tensor acts as a matrix of `shape`, (out_features, in_features). type_name: class of the module that owns it. tied: what
+    else reads the same storage (`embedding`). has_module: False where the weight is a bare parameter of a larger module.
     """
 
     program: "Program"
@@ -42,7 +45,7 @@ class Site:
     weight_name: str
     shape: tuple[int, int]
     dtype: torch.dtype
-    transposed: bool
+    layout: Layout
     type_name: str
     uses: tuple[Use, ...]
     tied: tuple[str, ...] = ()
@@ -68,11 +71,20 @@ class Site:
         """The bias of the first use."""
         return self.map.bias
 
-    def original(self, tensors: Mapping[str, Tensor]) -> Dense:
-        """Return the dense map as the model stores it; it shares its memory, and is frozen."""
-        weight = tensors[self.weight_name].detach()
+    @property
+    def kind(self) -> str:
+        """What the weight is: `linear`, `conv` or `embedding`."""
+        return self.layout.kind
+
+    @property
+    def transposed(self) -> bool:
+        """Whether a linear is stored as (in_features, out_features), as in GPT-2."""
+        return self.layout == Rows(transposed=True)
+
+    def original(self, tensors: Mapping[str, Tensor]) -> LinearMap:
+        """Return the map as the model stores it; it shares its memory, and is frozen."""
         bias = self.uses[0].bias
-        made = Dense(weight.T if self.transposed else weight, None if bias is None else tensors[bias].detach())
+        made = self.layout.original(tensors[self.weight_name].detach(), None if bias is None else tensors[bias].detach())
         made.requires_grad_(False)
         return made
 
@@ -100,13 +112,13 @@ class Names:
 
 
 def find_sites(program: "Program", graph: fx.Graph, tensors: Mapping[str, Tensor], names: Names) -> dict[str, Site]:
-    """Return the linear sites of a graph, by name, in model order."""
-    linears = find_linears(graph, tensors)
-    others = consumers(graph, linears, tensors)
-    busy = _modules_that_do_more(graph, linears)
-    grouped: dict[str, list[Linear]] = {}
-    for linear in linears:
-        grouped.setdefault(linear.weight, []).append(linear)
+    """Return the sites of a graph, by name, in model order."""
+    products = find_products(graph, tensors)
+    others = consumers(graph, products, tensors)
+    busy = _modules_that_do_more(graph, products)
+    grouped: dict[str, list[Product]] = {}
+    for product in products:
+        grouped.setdefault(product.weight, []).append(product)
     order = {name: i for i, name in enumerate(names.canonical)}
     sites = []
     for weight, group in grouped.items():
@@ -118,7 +130,7 @@ def find_sites(program: "Program", graph: fx.Graph, tensors: Mapping[str, Tensor
 def _site(
     program: "Program",
     weight: str,
-    linears: Sequence[Linear],
+    products: Sequence[Product],
     names: Names,
     tensors: Mapping[str, Tensor],
     order: Mapping[str, int],
@@ -126,22 +138,20 @@ def _site(
     busy: Set[str | None],
 ) -> Site:
     aliases = names.aliases[names.canonical[weight]]
-    placed = [(_owner(linear, aliases, busy), linear) for linear in linears]
+    placed = [(_owner(product, aliases, busy), product) for product in products]
     placed.sort(key=lambda item: order.get(f"{item[0][0]}.weight", order[weight]))  # stable: graph order within one
-    modules = _told_apart([(owner[0], linear.bias) for owner, linear in placed])
+    modules = _told_apart([(owner[0], product.bias) for owner, product in placed])
     uses = tuple(
-        Use(module, linear.node.name, linear.reads.name, linear.bias)
-        for module, (_, linear) in zip(modules, placed, strict=True)
+        Use(module, product.node.name, product.reads.name, product.bias)
+        for module, (_, product) in zip(modules, placed, strict=True)
     )
-    transposed = linears[0].transposed
-    rows, columns = tensors[weight].shape
     return Site(
         program,
         fqn=uses[0].module,
         weight_name=weight,
-        shape=(columns, rows) if transposed else (rows, columns),
+        shape=products[0].layout.shape(tuple(tensors[weight].shape)),
         dtype=tensors[weight].dtype,
-        transposed=transposed,
+        layout=products[0].layout,
         type_name=placed[0][0][1],
         uses=uses,
         tied=tuple(sorted(set(others))),
@@ -158,19 +168,19 @@ def _told_apart(places: Sequence[tuple[str, str | None]]) -> list[str]:
     return [named[place] for place in places]
 
 
-def _owner(linear: Linear, aliases: Sequence[str], busy: Set[str | None]) -> tuple[str, str, bool]:
+def _owner(product: Product, aliases: Sequence[str], busy: Set[str | None]) -> tuple[str, str, bool]:
     """Return the module that a use belongs to, its class, and whether calling that module is the use and nothing else.
 
     Where the module that was running does not own the weight (a functional call on a parameter), or does more than this
     product, the weight's own place is the name.
     """
-    running, kind = _running(linear.node)
+    running, kind = _running(product.node)
     own = f"{running}.weight"
     if running is not None and own in aliases:
         return (own, "Parameter", False) if running in busy else (running, kind, True)
     alias = aliases[0]
     if alias.endswith(".weight"):
-        return alias.removesuffix(".weight"), "Linear", running is None
+        return alias.removesuffix(".weight"), TYPES[product.layout.kind], running is None
     return alias, "Parameter", False
 
 
@@ -183,8 +193,8 @@ def _running(node: fx.Node) -> tuple[str | None, str]:
     return str(name).removeprefix("L['self'].").strip("."), str(kind).rsplit(".", 1)[-1]
 
 
-def _modules_that_do_more(graph: fx.Graph, linears: Sequence[Linear]) -> set[str | None]:
-    """Return the names of modules that compute anything beside linears."""
-    ours = inside(linears)
+def _modules_that_do_more(graph: fx.Graph, products: Sequence[Product]) -> set[str | None]:
+    """Return the names of modules that compute anything beside such products."""
+    ours = inside(products)
     values = (node for node in graph.nodes if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor))
     return {_running(node)[0] for node in values if node not in ours}

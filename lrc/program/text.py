@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrc.maps import LinearMap
-from lrc.program.linears import plain_name
+from lrc.program.find import plain_name
 
 if TYPE_CHECKING:
     from lrc.program.program import Program

@@ -1,4 +1,4 @@
-"""FLOPs of a program at a shape: its linears and its attention, which is nearly all there is."""
+"""FLOPs of a program at a shape: its linears, convolutions and attention, which is nearly all there is."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +10,14 @@ from lrc.maps import LinearMap
 from lrc.program import Program
 
 aten = torch.ops.aten
+CONVOLUTIONS = {
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
+    aten.conv3d.padding, aten.convolution.default,
+}  # fmt: skip
 
 
 def count_flops(program: Program, inputs: Mapping[str, Tensor]) -> int:
-    """Return the FLOPs of all linears, products and attention for `inputs` (a multiply-add counts 2)."""
+    """Return the FLOPs of all linears, convolutions, products and attention for `inputs` (a multiply-add counts 2)."""
     counter = _Counter(program.graph_module)
     with torch.no_grad():
         counter.run(*program.inputs.fill(inputs).values())
@@ -26,15 +30,17 @@ class _Counter(fx.Interpreter):
         self.flops = 0
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        made = self.fetch_attr(target)
+        made, value = self.fetch_attr(target), super().call_module(target, args, kwargs)
         if isinstance(made, LinearMap):
-            self.flops += made.cost(args[0].numel() // made.in_features).flops
-        return super().call_module(target, args, kwargs)
+            self.flops += made.cost(value.numel() // made.out_features).flops
+        return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().call_function(target, args, kwargs)
         if target == aten.linear.default:
             self.flops += 2 * value.numel() * args[1].shape[1]
+        elif target in CONVOLUTIONS:
+            self.flops += 2 * value.numel() * args[1][0].numel()
         elif target == aten.addmm.default:
             self.flops += 2 * value.numel() * args[1].shape[-1]
         elif target in (aten.mm.default, aten.bmm.default, aten.matmul.default):

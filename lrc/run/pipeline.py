@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lrc.program import Program
+from lrc.program import Program, Site
 from lrc.run.passes import PassOptions, pass_for
 from lrc.run.plan import Decision, Plan
 from lrc.run.session import Session
@@ -77,11 +77,16 @@ def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, sessio
     for index, options in enumerate(passes):
         sites = [program.sites[fqn] for d in plan.of_pass(index) for fqn in d.sites if fqn in program.sites]
         needs = needs_of(options)
-        grams = {site.uses[0].input: site.in_features**2 for site in sites} if Need.INPUTS in needs else {}
+        grams = {site.uses[0].input: gram_numbers(site) for site in sites} if Need.INPUTS in needs else {}
         fishers = sum(site.out_features**2 for site in sites) if Need.GRADIENTS in needs else 0
         largest = max((site.out_features * site.in_features for site in sites), default=0)
         most = max(most, 8 * (sum(grams.values()) + fishers) + 64 * session.workers * largest)
     return plan.bytes[0] + most
+
+
+def gram_numbers(site: Site) -> int:
+    """Return how many numbers the second moment of a site's inputs has; that of one-hot vectors is diagonal."""
+    return site.in_features if site.kind == "embedding" else site.in_features**2
 
 
 def needs_of(options: PassOptions) -> frozenset[Need]:

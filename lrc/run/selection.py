@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrc.errors import SiteError, UsageError
+from lrc.maps import Patches
 from lrc.program import Program
 from lrc.run.session import Session
 from lrc.spec.patterns import Candidate, select
+
+EVERYTHING = "**"  # the bare pattern leaves embeddings: nobody wants them changed without having named them
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,14 @@ class Selected:
 
 
 def select_sites(program: Program, session: Session, options: Any, index: int) -> list[Selected]:
-    """Return the sites matched by `options.targets`, in model order; ignored and tied ones come with the reason.
+    """Return the sites matched by `options.targets`, in model order; those that must stay come with the reason.
 
     Patterns that later ones overrule everywhere are noted in the session. Raises UsageError when a pattern matches nothing
     and the pass is not `optional`.
     """
     candidates = [Candidate(site.fqn, site.type_name) for site in program.sites.values()]
     found = select(candidates, options.targets, options.ignore)
+    rules = {fqn: rule for fqn, rule in found.rules.items() if rule != EVERYTHING or program.sites[fqn].kind != "embedding"}
     if found.unmatched and not options.optional:
         raise UsageError(
             session.where(index),
@@ -35,9 +39,17 @@ def select_sites(program: Program, session: Session, options: Any, index: int) -
         )
     session.shadowed += [pattern for pattern in found.shadowed if pattern not in session.shadowed]
     return [
-        Selected(fqn, rule, f"ignored by {found.ignored[fqn]!r}" if fqn in found.ignored else _tied(program, fqn, options))
-        for fqn, rule in found.rules.items()
+        Selected(fqn, rule, f"ignored by {found.ignored[fqn]!r}" if fqn in found.ignored else _kept(program, fqn, options))
+        for fqn, rule in rules.items()
     ]
+
+
+def _kept(program: Program, fqn: str, options: Any) -> str | None:
+    """Return the reason why a site is out of the question for a pass, or None."""
+    layout = program.sites[fqn].layout
+    if isinstance(layout, Patches) and layout.geometry.groups > 1 and fqn not in program.maps:
+        return f"a convolution in {layout.geometry.groups} groups, each of which sees channels of its own"
+    return _tied(program, fqn, options)
 
 
 def _tied(program: Program, fqn: str, options: Any) -> str | None:
@@ -63,4 +75,4 @@ def _some(program: Program) -> str:
 def _elsewhere(program: Program) -> str:
     """Return which operations use weights that are no sites, so that a pattern for them is understood."""
     others = program.unsupported()
-    return f"Weights read by {', '.join(others)} are no linear sites. " if others else ""
+    return f"Weights read by {', '.join(others)} are no sites. " if others else ""

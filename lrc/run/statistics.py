@@ -78,7 +78,7 @@ class Terms:
             in_features=site.in_features,
             losses=terms.losses(),
             S=terms.S,
-            form=form,
+            form=form if "pivoted" in site.layout.forms else "two_factor",
             bias=0 if site.bias is None else site.out_features,
             extra=site.out_features if terms.mean is not None and site.bias is None else 0,
             index=4 * site.out_features / site.dtype.itemsize,

@@ -2,7 +2,7 @@
 
 import torch
 
-from lrc.maps import LinearMap, chain_structure, pivoted_structure, restore
+from lrc.maps import LinearMap, pivoted_structure, planned, restore
 from lrc.program import Site
 from lrc.run.plan import Summary
 
@@ -15,6 +15,9 @@ def summarize(made: LinearMap) -> Summary:
 
 def sketch(site: Site, rank: int, form: str, *, bias: bool) -> Summary:
     """Return what a rank-`rank` product in `form` would cost at `site`, without making one."""
-    structure = pivoted_structure if form == "pivoted" else chain_structure
     with torch.device("meta"):
-        return summarize(restore(structure(site.out_features, rank, site.in_features, bias=bias)).to(site.dtype))
+        if form == "pivoted":
+            made = restore(pivoted_structure(site.out_features, rank, site.in_features, bias=bias))
+        else:
+            made = planned(site.layout, site.shape, rank, bias=bias)
+        return summarize(made.to(site.dtype))

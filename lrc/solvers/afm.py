@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrc.solvers.base import Decomposition, Moments, Need, SolverOptions, solver
 from lrc.solvers.checks import check
-from lrc.solvers.inputs import input_moment
+from lrc.solvers.inputs import input_moment, output_mean
 from lrc.solvers.ladder import root
 from lrc.solvers.terms import eigenvectors, storage_dtype, stored
 from lrc.solvers.whitened import UNIT, with_bias
@@ -78,7 +78,10 @@ def lord(
 
 def _components(weight: Tensor, bias: Tensor | None, moments: Moments, max_rank: int, center: bool) -> Decomposition:
     W = weight.double()
-    L = root(input_moment(moments, center), "gram", variant="eigh")
+    lookup = moments.gram is not None and moments.gram.ndim == 1
+    if lookup and center:  # one-hot vectors sum to 1: taking the mean off every row of the table centres the outputs
+        W = W - output_mean(weight, moments)[:, None]
+    L = root(input_moment(moments, center and not lookup), "gram", variant="eigh")
     D = L.apply(W)
     U = eigenvectors(D @ D.T) if D.shape[0] <= D.shape[1] else torch.linalg.svd(D, full_matrices=False)[0]
     S = (U.T @ D).norm(dim=1)

@@ -33,7 +33,7 @@ class Need(StrEnum):
 class Moments:
     """What calibration says about one weight, in float64. Unpadded tokens only; uses of a shared weight are summed.
 
-    gram:   mean over tokens of x xᵀ, shape (in_features, in_features).
+    gram:   mean over tokens of x xᵀ, shape (in_features, in_features); for one-hot x its diagonal, (in_features,).
     mean:   mean over tokens of x, shape (in_features,).
     fisher: mean over tokens of g gᵀ, g = dL/dy of the loss summed over tokens, shape (out_features, out_features).
     weighted_gram, weighted_mean: means of x xᵀ and x weighed by |g|² of their token, shapes as gram and mean.

@@ -41,9 +41,11 @@ def input_moment(moments: Moments, center: bool) -> Tensor:
     """
     if moments.gram is None:
         raise SolverError("moments.gram", expected="the second moment of the inputs", got="none")
-    gram = symmetric(moments.gram)
+    gram = moments.gram.double() if moments.gram.ndim == 1 else symmetric(moments.gram)
     if not center:
         return gram
+    if gram.ndim == 1:
+        raise SolverError("center", message="the covariance of one-hot inputs is not diagonal", hint="Set `center: false`")
     mean = input_mean(moments)
     return gram - mean[:, None] * mean
 

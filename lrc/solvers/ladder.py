@@ -46,12 +46,31 @@ class Root:
         return torch.cholesky_solve(X.T, self.matrix).T
 
 
+class DiagonalRoot(Root):
+    """The root of a diagonal matrix; `matrix` is its diagonal, shape (n,)."""
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Return X L, X of shape (rows, n)."""
+        return X * self.matrix
+
+    def solve(self, X: Tensor) -> Tensor:
+        """Return X L⁻¹, X of shape (rows, n)."""
+        return X / self.matrix
+
+    def divide(self, X: Tensor) -> Tensor:
+        """Return X C⁻¹, X of shape (rows, n)."""
+        return X / self.matrix.square()
+
+
 def root(moment: Tensor, name: str, damping: float = 0.0, variant: Literal["cholesky", "eigh"] = "cholesky") -> Root:
     """Return the root of `moment + damping * mean(diag) I` by the first rung that holds.
 
-    moment: symmetric positive semi-definite up to rounding, finite, shape (n, n); computed in float64.
+    moment: symmetric positive semi-definite up to rounding, finite, shape (n, n), or its diagonal, (n,), where it has
+    nothing else; computed in float64.
     name: what the notes call it. variant: `eigh` starts at the second rung.
     """
+    if moment.ndim == 1:
+        return _diagonal(moment.double(), name, damping)
     C = symmetric(moment)
     size = C.shape[0]
     level = float(C.diagonal().mean())
@@ -66,6 +85,18 @@ def root(moment: Tensor, name: str, damping: float = 0.0, variant: Literal["chol
     scale = math.sqrt(level)
     inverse = None if found.inverse is None else found.inverse / scale
     return Root(found.matrix * scale, inverse, found.weight, found.notes)
+
+
+def _diagonal(moment: Tensor, name: str, damping: float) -> Root:
+    level = float(moment.mean())
+    if level <= 0 or not math.isfinite(1.0 / level):
+        note = f"{name} is zero: calibration does not reach this layer, and its errors are not weighed"
+        return DiagonalRoot(torch.ones_like(moment), None, 0.0, (note,))
+    C = moment / level + damping
+    floor = FLOOR * float(C.max())
+    unseen = int((floor >= C).sum())
+    notes = (f"{unseen} of {len(C)} rows were never read: floor {FLOOR:g}",) if unseen else ()
+    return DiagonalRoot((C.clamp(min=floor) * level).sqrt(), notes=notes)
 
 
 def symmetric(matrix: Tensor) -> Tensor:

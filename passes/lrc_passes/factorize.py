@@ -1,7 +1,9 @@
-"""factorize: a dense weight becomes a product of rank r.
+"""factorize: a dense weight, kernel or table becomes a product of rank r.
 
 W                 ->  Chain(B, A)        r(m+n) numbers; or
 W                 ->  Pivoted(P, Z)      the same product in r(m+n-r) numbers and an index of m
+Conv              ->  ConvChain(B, A)    the kernel to r channels, and a 1 x 1 convolution after it
+Lookup            ->  Chain(B, Lookup)   a table of r columns, and a matrix after it
 
 %y = linear(%x, fc.weight: f32[m, n], fc.bias)
 %h = linear(%x, fc.A: f32[r, n]);  %y = linear(%h, fc.B: f32[m, r], fc.bias)
@@ -11,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lrc.maps import Chain, LinearMap, Pivoted
+from lrc.maps import LinearMap, Pivoted
 from lrc.program import Site
 from lrc.run import Keep, RankedOptions, Rewrite, Statistics, site_pass
 from lrc.solvers import KfacSolver, Refusal, SolverOptions, pivot
@@ -31,9 +33,11 @@ class Factorize(RankedOptions):
 def factorize(site: Site, statistics: Statistics, rank: int, options: Factorize) -> LinearMap | Rewrite | Keep:
     """W -> the product B @ A of rank `rank` that the solver found closest, in its norm, in the form asked for."""
     B, A, bias = statistics.decomposition.truncate(rank, site.dtype)
-    two_factor = Chain(B, A, bias=bias)
+    two_factor = site.layout.product(B, A, bias)
     if options.form == "two_factor":
         return smaller(two_factor, site, rank)
+    if "pivoted" not in site.layout.forms:
+        return smaller(two_factor, site, rank, *(() if options.form == "auto" else (f"no pivoted form of a {site.kind}",)))
     found = pivot(*statistics.decomposition.product(rank), dtype=site.dtype)
     if isinstance(found, Refusal):
         if options.form == "pivoted":

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_maps import F64, maps, pivoted, randn, shapes
 
-from lrc.maps import Chain, Dense, Permutation, Scale, Sum, chain_structure, pivoted_structure, restore
+from lrc.maps import Chain, Dense, Permutation, Rows, Scale, Sum, pivoted_structure, planned, restore
 
 
 @settings(max_examples=30, deadline=None)
@@ -55,7 +55,8 @@ def test_a_map_is_restored_in_the_current_dtype_and_on_the_current_device() -> N
 @pytest.mark.parametrize(("m", "rank", "n"), [(5, 2, 3), (3, 2, 5), (1, 1, 5), (5, 1, 1)])
 def test_structures_made_without_a_map_are_those_of_the_map(m: int, rank: int, n: int, bias: bool) -> None:
     b = torch.zeros(m) if bias else None
-    assert chain_structure(m, rank, n, bias=bias) == Chain(torch.zeros(m, rank), torch.zeros(rank, n), bias=b).structure()
+    chain = Chain(torch.zeros(m, rank), torch.zeros(rank, n), bias=b)
+    assert planned(Rows(), (m, n), rank, bias=bias).structure() == chain.structure()
     assert pivoted_structure(m, rank, n, bias=bias) == pivoted(m, n, rank, 0, bias=bias).structure()
 
 

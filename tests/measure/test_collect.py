@@ -70,7 +70,7 @@ def test_moments_equal_those_of_module_hooks(name: str, doubled: Get) -> None:
     model = program.origin.model
     assert model is not None
     items = [inputs_for(name, 3, 9), inputs_for(name, 1, 4, seed=2)]
-    fqns = list(program.sites)
+    fqns = [fqn for fqn, site in program.sites.items() if site.kind == "linear"]
     found = collect(program, batches(*items), fqns, ALL, fisher="sampled", seed=5)
 
     def sent(i: int, output: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def test_what_was_measured_is_read_from_the_cache(doubled: Get, tmp_path: object
     for fqn in fqns:
         assert_same(whole[fqn], fresh[fqn])
     assert read[fqns[0]].gram is read[fqns[1]].gram
-    with pytest.raises(SiteError, match="nowhere: the captured graph has no linear of this name"):
+    with pytest.raises(SiteError, match="nowhere: the captured graph has no site of this name"):
         collect(program, item, ["nowhere"], ALL, cache=cache, key="k")
 
 
@@ -307,7 +307,7 @@ def assert_same(found: Moments, expected: Moments) -> None:
 
 def test_an_unknown_site_is_refused(doubled: Get) -> None:
     program = doubled("gpt2")
-    with pytest.raises(SiteError, match="nowhere: the captured graph has no linear of this name"):
+    with pytest.raises(SiteError, match="nowhere: the captured graph has no site of this name"):
         collect(program, batches(inputs_for("gpt2", 2, 5)), ["nowhere"], INPUTS)
 
 

@@ -1,0 +1,149 @@
+"""How a stored tensor acts as a matrix: on rows of features, on the patches of an image, or by looking a row up.
+
+Solvers, rank policies and passes see a matrix (out_features, in_features). A layout makes that matrix of the tensor, a map
+of its factors, and rows of what a site reads and gives.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrc.maps.base import LinearMap
+from lrc.maps.composites import Chain
+from lrc.maps.conv import Conv, ConvChain, Geometry
+from lrc.maps.leaves import Dense
+from lrc.maps.lookup import Lookup
+
+Form = Literal["two_factor", "pivoted"]
+
+
+class Layout(Protocol):
+    """What every layout says. kind: its name; forms: those that a rank-r product can be stored in."""
+
+    kind: ClassVar[str]
+    forms: ClassVar[tuple[Form, ...]]
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """Return (out_features, in_features) of a tensor of this shape."""
+
+    def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return the tensor as a map; it shares its memory."""
+
+    def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return the map of B @ A, B (out_features, rank), A (rank, in_features)."""
+
+    def inputs(self, value: Tensor) -> Tensor:
+        """Return what a site reads as rows, (..., in_features); indices stay indices, (..., 1)."""
+
+    def outputs(self, value: Tensor) -> Tensor:
+        """Return what a site gives as rows, (..., out_features)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A linear: the features are the last dimension. transposed: stored as (in_features, out_features)."""
+
+    transposed: bool = False
+    kind: ClassVar[str] = "linear"
+    forms: ClassVar[tuple[Form, ...]] = ("two_factor", "pivoted")
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """Return (out_features, in_features)."""
+        rows, columns = stored
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return a dense map."""
+        return Dense(stored.T if self.transposed else stored, bias)
+
+    def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return a chain of two matrices."""
+        return Chain(B, A, bias=bias)
+
+    def inputs(self, value: Tensor) -> Tensor:
+        """Return the value itself."""
+        return value
+
+    def outputs(self, value: Tensor) -> Tensor:
+        """Return the value itself."""
+        return value
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A convolution: kernel (out_channels, in_channels, *kernel) over the patches that `geometry` reads."""
+
+    kernel: tuple[int, ...]
+    geometry: Geometry
+    kind: ClassVar[str] = "conv"
+    forms: ClassVar[tuple[Form, ...]] = ("two_factor",)
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """Return (out_channels, size of a patch)."""
+        return stored[0], math.prod(stored[1:])
+
+    def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return one convolution."""
+        return Conv(stored, self.geometry, bias)
+
+    def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return a convolution to `rank` channels with the whole kernel, and one of 1 x 1 after it."""
+        dims, rank = len(self.kernel), A.shape[0]
+        outer = B.reshape(*B.shape, *(1,) * dims)
+        inner = A.reshape(rank, -1, *self.kernel)
+        return ConvChain([outer, inner], [Geometry.unit(dims), self.geometry], bias)
+
+    def inputs(self, value: Tensor) -> Tensor:
+        """Return the patches of (batch, channels, *sizes) as (batch, *output sizes, patch)."""
+        geometry, dims = self.geometry, len(self.kernel)
+        if math.prod(self.kernel) == 1 and not any(geometry.padding):
+            steps = tuple(slice(None, None, s) for s in geometry.stride)
+            return value[(slice(None), slice(None), *steps)].movedim(1, -1)
+        value = F.pad(value, [side for p in reversed(geometry.padding) for side in (p, p)])
+        for dim, (size, stride, dilation) in enumerate(zip(self.kernel, geometry.stride, geometry.dilation, strict=True)):
+            value = value.unfold(2 + dim, dilation * (size - 1) + 1, stride)[..., ::dilation]  # kernel dims go last
+        return value.movedim(1, 1 + dims).flatten(1 + dims)  # (batch, *output sizes, channels * kernel)
+
+    def outputs(self, value: Tensor) -> Tensor:
+        """Return (batch, channels, *sizes) with the channels last."""
+        return value.movedim(1, -1)
+
+
+@dataclass(frozen=True)
+class Indices:
+    """An embedding: the table's rows are looked up, so the matrix is its transpose, applied to one-hot vectors."""
+
+    padding_index: int | None = None
+    kind: ClassVar[str] = "embedding"
+    forms: ClassVar[tuple[Form, ...]] = ("two_factor",)
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """Return (features, rows of the table)."""
+        return stored[1], stored[0]
+
+    def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return the table as a map."""
+        return Lookup(stored, self.padding_index, bias)
+
+    def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return a table of `rank` columns and a matrix after it."""
+        return Chain(B, Lookup(A.T.contiguous(), self.padding_index), bias=bias)
+
+    def inputs(self, value: Tensor) -> Tensor:
+        """Return the indices as (..., 1)."""
+        return value[..., None]
+
+    def outputs(self, value: Tensor) -> Tensor:
+        """Return the value itself."""
+        return value
+
+
+def planned(layout: Layout, shape: tuple[int, int], rank: int, *, bias: bool) -> LinearMap:
+    """Return an uninitialised product of rank `rank` and shape (out_features, in_features), on the current device."""
+    out_features, in_features = shape
+    added = torch.empty(out_features) if bias else None
+    return layout.product(torch.empty(out_features, rank), torch.empty(rank, in_features), added)
