@@ -76,7 +76,7 @@ def test_every_solver_rewrites_both_kinds(solver: Any, compiled: Compile) -> Non
     assert isinstance(done.program.maps["down"], ConvChain)
     assert 0 < changed(model, done, x) < 0.2
     model, ids, items = words()
-    done = compiled(model, inputs=ids, calibration=items, targets=["table"], solver=solver, rank=9)
+    done = compiled(model, inputs=ids, calibration=items, targets=["table"], solver=solver, rank=8)
     assert isinstance(done.program.maps["table"], Chain)
     assert 0 < changed(model, done, ids) < 0.5
 
@@ -104,9 +104,9 @@ def test_both_views_and_the_folder_compute_the_same(compiled: Compile, tmp_path:
         loaded = lrc.load(tmp_path / targets[0])
         with torch.no_grad():
             name = next(iter(items[0]))
-            assert torch.allclose(loaded(**{name: x}), expected, atol=1e-6)
+            assert torch.allclose(loaded(**{name: x})["output"], expected, atol=1e-6)
         onnx = OrtRunner(done.to_onnx(tmp_path / f"{targets[0]}.onnx"))
-        assert torch.allclose(onnx(**{name: x})["output"], expected, atol=1e-5)
+        assert torch.allclose(torch.as_tensor(onnx(**{name: x})["output"]), expected, atol=1e-5)
 
 
 def test_a_convolution_in_groups_stays_with_the_reason(compiled: Compile) -> None:
