@@ -11,6 +11,7 @@ from lrc.data import Batch, Batches
 from lrc.errors import SiteError
 from lrc.measure.cache import Cache
 from lrc.measure.cotangents import Fisher, cotangent
+from lrc.measure.samples import SampleSums, reads_of
 from lrc.measure.second_moments import SecondMoment
 from lrc.measure.stored import load_moments, store_moments
 from lrc.measure.taps import Tap, padding_masks, placeholder_values, row_mask, rows_of, taps_of, traced_masks
@@ -34,7 +35,7 @@ def collect(
     key: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Moments]:
-    """Return the moments of the sites `fqns`, from one forward (and, for gradients, one backward) pass a batch.
+    """Return the moments of the sites `fqns` that are needed, from one forward (for gradients also one backward) pass a batch.
 
     fisher: see `cotangents.cotangent`; draws: how many cotangents a batch, averaged. The random numbers of a batch come
     from `seed` and its place, so the result is the same for the same thread count. progress(done, total) counts batches.
@@ -45,14 +46,15 @@ def collect(
     than once, `gram` and `mean` are means over the tokens of all uses (`tokens` counts them), `fisher` is the sum over
     uses: so 1/2 tr(fisher dW gram dWᵀ) is the increase of the loss a token for all uses together. For the same reason
     `fisher` of a site that sees one row a sample is divided by the tokens that the largest site sees. `weighted_gram` weighs
-    every token by the squared norm of its gradient; it is left out where all gradients are zero.
+    every token by the squared norm of its gradient; it is left out where all gradients are zero. `weight_fisher` and
+    `magnitudes` are means over samples (see `samples`), of the same gradients and tokens.
     The model's parameters and buffers are not changed. Raises SiteError for an unknown site or values that are not finite.
     """
     wanted = list(fqns)
     found = {} if cache is None else load_moments(cache, key, program, wanted)
     missing = [fqn for fqn in wanted if fqn not in found]
     if missing:
-        walk = Walk(program, missing, gradients=Need.GRADIENTS in needs)
+        walk = Walk(program, missing, needs)
         for done, batch in enumerate(batches):
             if progress is not None:
                 progress(done, len(batches))
@@ -69,18 +71,20 @@ def collect(
 class Walk(fx.Interpreter):
     """Runs batches through the graph and adds up what the taps see."""
 
-    def __init__(self, program: Program, fqns: Iterable[str], *, gradients: bool) -> None:
+    def __init__(self, program: Program, fqns: Iterable[str], needs: frozenset[Need]) -> None:
         super().__init__(program.graph_module, garbage_collect_values=True)
         self.program = program
-        self.gradients = gradients
+        self.backward = not needs.isdisjoint({Need.GRADIENTS, Need.WEIGHT_FISHER})
         self.taps: dict[str, tuple[Tap, ...]] = {fqn: taps_of(program, fqn) for fqn in fqns}
         every = [tap for taps in self.taps.values() for tap in taps]
         width = {fqn: program.sites[fqn].shape for fqn in self.taps}
-        self.inputs = {tap.reads: SecondMoment(width[tap.fqn][1]) for tap in every}
-        self.outputs = {tap.gives: SecondMoment(width[tap.fqn][0]) for tap in every}
-        self.weighted = {tap.gives: SecondMoment(width[tap.fqn][1]) for tap in every} if gradients else {}
+        forward, backward = (every if need in needs else [] for need in (Need.INPUTS, Need.GRADIENTS))
+        self.inputs = {tap.reads: SecondMoment(width[tap.fqn][1]) for tap in forward}
+        self.outputs = {tap.gives: SecondMoment(width[tap.fqn][0]) for tap in backward}
+        self.weighted = {tap.gives: SecondMoment(width[tap.fqn][1]) for tap in backward}
+        self.samples = SampleSums(program, self.taps, needs)
         self.reads = {tap.gives: tap.reads for tap in every}
-        self.names = {node: tap.fqn for tap in every for node in (tap.reads, tap.gives)}
+        self.read = set(self.reads.values())
         self.tokens = {tap.reads: 0 for fqn in program.sites for tap in taps_of(program, fqn)}
         self.in_place = any(_is_in_place(node) for node in program.graph_module.graph.nodes)
         self.traced = traced_masks(program)
@@ -93,28 +97,38 @@ class Walk(fx.Interpreter):
         self.masks = padding_masks(batch)
         self.given, self.seen = {}, {}
         values = placeholder_values(self.program, batch)
-        with torch.set_grad_enabled(self.gradients):
+        self.samples.begin(values)
+        with torch.set_grad_enabled(self.backward):
             outputs: Mapping[str, Tensor] = super().run(*values)
-            if self.gradients:
+            if self.backward:
                 self._backward(outputs, batch, fisher, draws, generator)
+        self.samples.end()
         self.given, self.seen = {}, {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node; what a tap looks at is added, and given a gradient."""
         value = super().run_node(n)
         if n in self.tokens:
-            rows = rows_of(value, row_mask(n, value, self.masks, self.traced))
-            self.tokens[n] += len(rows)
-            if n in self.inputs:
-                self.inputs[n].add(rows)
-                self.seen[n] = rows.clone() if self.in_place else rows
-        if self.gradients and n in self.outputs:
+            self._see(n, value)
+        if self.backward and n in self.reads:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
             self.given[n] = value
             if self.in_place:  # what follows may overwrite the value, and the gradient would be that of what is there then
                 value = value.clone()
         return value
+
+    def _see(self, n: fx.Node, value: Tensor) -> None:
+        mask = row_mask(n, value, self.masks, self.traced)
+        rows = rows_of(value, mask)
+        self.tokens[n] += len(rows)
+        if n not in self.read:
+            return
+        if n in self.inputs:
+            self.inputs[n].add(rows)
+        self.samples.see(n, value, mask, rows)
+        if self.backward:
+            self.seen[n] = rows.clone() if self.in_place else rows
 
     def _backward(
         self, outputs: Mapping[str, Tensor], batch: Batch, fisher: Fisher, draws: int, generator: torch.Generator
@@ -126,25 +140,30 @@ class Walk(fx.Interpreter):
             gradients = torch.autograd.grad(
                 found, [self.given[n] for n in nodes], sent, retain_graph=draw < draws - 1, allow_unused=True
             )
-            for node, gradient in zip(nodes, gradients, strict=True):
-                if gradient is None:
-                    gradient = torch.zeros_like(self.given[node])
-                rows = rows_of(gradient, row_mask(node, gradient, self.masks, self.traced))
-                self.outputs[node].add(rows, 1.0 / draws)
-                self.weighted[node].add(self.seen[self.reads[node]], 1.0 / draws, rows.float().square().sum(1))
+            rows = {node: self._rows(node, gradient) for node, gradient in zip(nodes, gradients, strict=True)}
+            for node in self.outputs:
+                self.outputs[node].add(rows[node], 1.0 / draws)
+                self.weighted[node].add(self.seen[self.reads[node]], 1.0 / draws, rows[node].float().square().sum(1))
+            self.samples.add_gradients(self.seen, rows)
+
+    def _rows(self, node: fx.Node, gradient: Tensor | None) -> Tensor:
+        """Return the unpadded rows of the gradient at a node; zeros where the output of interest does not depend on it."""
+        if gradient is None:
+            gradient = torch.zeros_like(self.given[node])
+        return rows_of(gradient, row_mask(node, gradient, self.masks, self.traced))
 
     def moments(self) -> dict[str, Moments]:
         """Return the means; the same tensor for sites that read the same value."""
         tokens = max(self.tokens.values(), default=0)
-        grams: dict[tuple[fx.Node, ...], tuple[Tensor, Tensor, int]] = {}
+        shared: dict[tuple[fx.Node, ...], Moments] = {}
         made = {}
         for fqn, taps in self.taps.items():
-            reads = tuple(dict.fromkeys(tap.reads for tap in taps))
-            if reads not in grams:
-                grams[reads] = self._means(fqn, reads)
-            gram, mean, rows = grams[reads]
-            made[fqn] = Moments(gram=gram, mean=mean, tokens=rows)
-            if self.gradients:
+            reads = reads_of(taps)
+            if reads not in shared:
+                shared[reads] = self._means(fqn, reads)
+            sampled: dict[str, Any] = {name: _finite(value, fqn, name) for name, value in self.samples.of(fqn).items()}
+            made[fqn] = replace(shared[reads], **sampled)
+            if self.outputs:
                 made[fqn] = self._with_gradients(made[fqn], fqn, [tap.gives for tap in taps], tokens)
         return made
 
@@ -157,11 +176,13 @@ class Walk(fx.Interpreter):
         mean = _added([self.weighted[node].column_sum() for node in gives]) / weight
         return replace(moments, fisher=fisher, weighted_gram=gram, weighted_mean=mean)
 
-    def _means(self, fqn: str, reads: tuple[fx.Node, ...]) -> tuple[Tensor, Tensor, int]:
-        rows = sum(self.inputs[node].rows for node in reads)
+    def _means(self, fqn: str, reads: tuple[fx.Node, ...]) -> Moments:
+        rows = sum(self.tokens[node] for node in reads)
+        if not self.inputs:
+            return Moments(tokens=rows)
         gram = _added([self.inputs[node].total() for node in reads])
         mean = _added([self.inputs[node].column_sum() for node in reads])
-        return _finite(gram / max(rows, 1), fqn, "inputs"), mean / max(rows, 1), rows
+        return Moments(gram=_finite(gram / max(rows, 1), fqn, "inputs"), mean=mean / max(rows, 1), tokens=rows)
 
 
 def _added(tensors: Sequence[Tensor]) -> Tensor:

@@ -84,7 +84,8 @@ class Session:
         """Return the content hash of everything that a collection of moments depends on."""
         if not needs:
             return "nothing"
-        gradients = (getattr(options, "fisher", "sampled"), getattr(options, "draws", 1)) if Need.GRADIENTS in needs else ()
+        backward = not needs.isdisjoint({Need.GRADIENTS, Need.WEIGHT_FISHER})
+        gradients = (getattr(options, "fisher", "sampled"), getattr(options, "draws", 1)) if backward else ()
         return digest(
             "moments-2", program.digest(), list(self.batches), sorted(needs), gradients, self.seed,
             torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
