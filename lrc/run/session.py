@@ -12,7 +12,7 @@ from lrc.errors import DataError, UsageError
 from lrc.measure import Cache, collect, digest
 from lrc.measure.cotangents import has_classes
 from lrc.program import Program, Site
-from lrc.ranks import FixedRank
+from lrc.ranks import FixedRank, rounded
 from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
 from lrc.solvers import Decomposition, Moments, Need
 from lrc.spec.registry import SOLVERS
@@ -131,7 +131,7 @@ class Session:
         """Return the decompositions of `fqns` for a ranked pass; those that the cache lacks are computed, in parallel."""
         solver, sites = options.solver, program.sites
         key = self.measured_key(program, solver.needs, solver)
-        keys = {fqn: terms_key(sites[fqn], key, solver, max_rank(sites[fqn], options)) for fqn in fqns}
+        keys = {fqn: terms_key(sites[fqn], key, solver, max_rank(sites[fqn], options), self.seed) for fqn in fqns}
         terms = Terms(self.cache, keys)
         missing = terms.missing()
         if missing:
@@ -178,6 +178,7 @@ def max_rank(site: Site, options: Any) -> int:
     """Return how many terms a pass can use at most. Raises UsageError for a rank that is not possible.
 
     All terms, for any budget to be planned from them later, unless one rank was asked for or the solver gains by fewer.
+    A solver that is not nested makes exactly the terms that the rank policy will choose.
     """
     full = min(site.out_features, site.in_features)
     fixed = isinstance(options.rank, FixedRank)
@@ -189,6 +190,8 @@ def max_rank(site: Site, options: Any) -> int:
             got=str(rank),
             hint="Lower `rank`, or name the site under `ignore`",
         )
+    if not options.solver.nested:
+        return min(full, rounded(rank, options.round_to))
     if fixed:
         return rank
     return min(full, -(-rank // options.round_to) * options.round_to) if options.solver.leading else full
