@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from lrc.data import Batches
-from lrc.errors import DataError, UsageError
+from lrc.errors import DataError, SolverError, UsageError
 from lrc.measure import Cache, collect, digest
 from lrc.measure.cotangents import has_classes
 from lrc.program import Program, Site
@@ -148,12 +148,15 @@ class Session:
         return terms
 
     def solve(self, site: Site, moments: Moments, options: Any, rank: int | None = None) -> Decomposition:
-        """Decompose the weight of one site."""
+        """Decompose the weight of one site. Raises SolverError that names it."""
         weight, bias = site.map.dense()
         generator = generator_for(site.fqn, self.seed)
-        found = SOLVERS.for_options(options.solver)(
-            weight, bias, moments, rank or max_rank(site, options), options.solver, generator
-        )
+        solve = SOLVERS.for_options(options.solver)
+        try:
+            found = solve(weight, bias, moments, rank or max_rank(site, options), options.solver, generator)
+        except SolverError as error:
+            where = f"{site.fqn}: {error.where}"
+            raise SolverError(where, expected=error.expected, got=error.got, hint=error.hint) from error
         assert isinstance(found, Decomposition)
         return found
 
