@@ -156,7 +156,7 @@ class Session:
             found = solve(weight, bias, moments, rank or max_rank(site, options), options.solver, generator)
         except SolverError as error:
             where = f"{site.fqn}: {error.where}"
-            raise SolverError(where, expected=error.expected, got=error.got, hint=error.hint) from error
+            raise SolverError(where, expected=error.expected, got=error.got, hint=error.hint, message=error.message) from error
         assert isinstance(found, Decomposition)
         return found
 

@@ -76,19 +76,28 @@ class Twice(nn.Module):
         return self.end(self.fc(torch.tanh(self.fc(x))))
 
 
+class Same(Twice):
+    """A linear that is called twice on the same input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(torch.sin(self.fc(x)) * torch.tanh(self.fc(x)))
+
+
 def captured(model: nn.Module, x: Tensor) -> Program:
     return capture_module(model, x)
 
 
-def twice(*size: int) -> tuple[Twice, Program, Tensor]:
+def twice(*size: int, kind: type[Twice] = Twice) -> tuple[Twice, Program, Tensor]:
     torch.manual_seed(0)
-    model, x = Twice().double(), torch.randn(*size, 6, dtype=torch.float64)
+    model, x = kind().double(), torch.randn(*size, 6, dtype=torch.float64)
     return model, captured(model, x[:2]), x
 
 
+@pytest.mark.parametrize("kind", [Twice, Same])
 @pytest.mark.parametrize("size", [(5,), (3, 4), (3, 2, 4)], ids=str)
-def test_gradients_of_the_uses_of_a_weight_add_up_before_they_are_squared(size: tuple[int, ...]) -> None:
-    model, program, x = twice(*size)
+def test_gradients_of_the_uses_of_a_weight_add_up_before_they_are_squared(size: tuple[int, ...], kind: type[Twice]) -> None:
+    model, program, x = twice(*size, kind=kind)
+    assert len(program.sites["fc"].uses) == 2
     found = collect(program, batches({"x": x}), ["fc", "end"], WEIGHT_FISHER, fisher="outputs", seed=SEED)
     output = model(x)
     losses = list((output * sent_for({}, output.detach(), 0, None, "outputs")).flatten(1).sum(1))
