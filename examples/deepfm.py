@@ -12,6 +12,7 @@ import copy
 import csv
 import importlib.util
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class DeepFM(nn.Module):
             nn.init.normal_(each.weight, std=1e-2)
         widths = [len(sizes) * features, width, width, width]
         self.deep = nn.Sequential()
-        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
             self.deep.add_module(f"linear{i}", nn.Linear(inputs, outputs))
             self.deep.add_module(f"relu{i}", nn.ReLU())
             self.deep.add_module(f"dropout{i}", nn.Dropout(0.5))

@@ -12,6 +12,7 @@ from lrc.errors import SiteError
 from lrc.maps import Layout
 from lrc.measure.cache import Cache
 from lrc.measure.cotangents import Fisher, cotangent
+from lrc.measure.samples import SampleSums
 from lrc.measure.second_moments import Counts, SecondMoment
 from lrc.measure.stored import load_moments, store_moments
 from lrc.measure.taps import Tap, padding_masks, pieces, placeholder_values, row_mask, rows_of, taps_of, traced_masks
@@ -36,7 +37,7 @@ def collect(
     key: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Moments]:
-    """Return the moments of the sites `fqns`, from one forward (and, for gradients, one backward) pass a batch.
+    """Return the moments of the sites `fqns` that are needed, from one forward (for gradients also one backward) pass a batch.
 
     fisher: see `cotangents.cotangent`; draws: how many cotangents a batch, averaged. The random numbers of a batch come
     from `seed` and its place, so the result is the same for the same thread count. progress(done, total) counts batches.
@@ -47,14 +48,15 @@ def collect(
     than once, `gram` and `mean` are means over the tokens of all uses (`tokens` counts them), `fisher` is the sum over
     uses: so 1/2 tr(fisher dW gram dWᵀ) is the increase of the loss a token for all uses together. For the same reason
     `fisher` of a site that sees one row a sample is divided by the tokens that the largest site sees. `weighted_gram` weighs
-    every token by the squared norm of its gradient; it is left out where all gradients are zero.
+    every token by the squared norm of its gradient; it is left out where all gradients are zero. `weight_fisher` and
+    `magnitudes` are means over samples (see `samples`), of the same gradients and tokens.
     The model's parameters and buffers are not changed. Raises SiteError for an unknown site or values that are not finite.
     """
     wanted = list(fqns)
     found = {} if cache is None else load_moments(cache, key, program, wanted)
     missing = [fqn for fqn in wanted if fqn not in found]
     if missing:
-        walk = Walk(program, missing, gradients=Need.GRADIENTS in needs)
+        walk = Walk(program, missing, needs)
         for done, batch in enumerate(batches):
             if progress is not None:
                 progress(done, len(batches))
@@ -71,22 +73,24 @@ def collect(
 class Walk(fx.Interpreter):
     """Runs batches through the graph and adds up what the taps see."""
 
-    def __init__(self, program: Program, fqns: Iterable[str], *, gradients: bool) -> None:
+    def __init__(self, program: Program, fqns: Iterable[str], needs: frozenset[Need]) -> None:
         super().__init__(program.graph_module, garbage_collect_values=True)
         self.program = program
-        self.gradients = gradients
+        self.backward = not needs.isdisjoint({Need.GRADIENTS, Need.WEIGHT_FISHER})
         self.taps: dict[str, tuple[Tap, ...]] = {fqn: taps_of(program, fqn) for fqn in fqns}
         every = [tap for taps in self.taps.values() for tap in taps]
         width = {fqn: program.sites[fqn].shape for fqn in self.taps}
-        self.inputs = {source(tap): accumulator(tap, width[tap.fqn][1]) for tap in every}
-        self.outputs = {tap.gives: SecondMoment(width[tap.fqn][0]) for tap in every}
-        self.weighted = {tap.gives: accumulator(tap, width[tap.fqn][1]) for tap in every} if gradients else {}
+        forward, backward = (every if need in needs else [] for need in (Need.INPUTS, Need.GRADIENTS))
+        self.inputs = {source(tap): accumulator(tap, width[tap.fqn][1]) for tap in forward}
+        self.outputs = {tap.gives: SecondMoment(width[tap.fqn][0]) for tap in backward}
+        self.weighted = {tap.gives: accumulator(tap, width[tap.fqn][1]) for tap in backward}
+        self.samples = SampleSums(program, self.taps, needs)
         self.given_by = {tap.gives: tap for tap in every}
         self.read_by: dict[fx.Node, dict[Source, Tap]] = {}
         for tap in every:
             self.read_by.setdefault(tap.reads, {})[source(tap)] = tap
-        self.tokens = {tap.gives: 0 for fqn in program.sites for tap in taps_of(program, fqn)}
-        self.layouts = {tap.gives: tap.layout for fqn in program.sites for tap in taps_of(program, fqn)}
+        self.counted = {tap.gives: tap.layout for fqn in program.sites for tap in taps_of(program, fqn)}
+        self.tokens = dict.fromkeys(self.counted, 0)
         self.in_place = any(_is_in_place(node) for node in program.graph_module.graph.nodes)
         self.traced = traced_masks(program)
         self.masks: dict[str, Tensor] = {}
@@ -98,27 +102,24 @@ class Walk(fx.Interpreter):
         self.masks = padding_masks(batch)
         self.given, self.seen = {}, {}
         values = placeholder_values(self.program, batch)
-        with torch.set_grad_enabled(self.gradients):
+        self.samples.begin(values)
+        with torch.set_grad_enabled(self.backward):
             outputs: Mapping[str, Tensor] = super().run(*values)
-            if self.gradients:
+            if self.backward:
                 self._backward(outputs, batch, fisher, draws, generator)
+        self.samples.end()
         self.given, self.seen = {}, {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node; what a tap looks at is added, and given a gradient."""
         value = super().run_node(n)
         if n in self.read_by:
-            kept = value.detach()
-            for key, tap in self.read_by[n].items():
-                for rows, _ in pieces(tap.layout, kept, self.mask_of(tap, n, kept)):
-                    self.inputs[key].add(rows)
-            if self.gradients:
-                self.seen[n] = kept.clone() if self.in_place else kept
-        if n in self.tokens:
-            outputs = self.layouts[n].outputs(value)
+            self._see(n, value.detach())
+        if n in self.counted:
+            outputs = self.counted[n].outputs(value)
             mask = row_mask(n, outputs, self.masks, self.traced)
             self.tokens[n] += outputs[..., 0].numel() if mask is None else int(mask.sum())
-        if self.gradients and n in self.outputs:
+        if self.backward and n in self.given_by:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
             self.given[n] = value
@@ -126,8 +127,18 @@ class Walk(fx.Interpreter):
                 value = value.clone()
         return value
 
+    def _see(self, n: fx.Node, value: Tensor) -> None:
+        for key, tap in self.read_by[n].items():
+            mask = self.mask_of(tap, n, value)
+            if key in self.inputs:
+                for rows, _ in pieces(tap.layout, value, mask):
+                    self.inputs[key].add(rows)
+            self.samples.see(n, value, mask)
+        if self.backward:
+            self.seen[n] = value.clone() if self.in_place else value
+
     def mask_of(self, tap: Tap, node: fx.Node, value: Tensor) -> Tensor | None:
-        """Return which rows of what a tap reads, or gives, are no padding; None for all. The pixels of an image always are."""
+        """Return which rows of what a tap reads, or gives, are no padding; None for all, as the pixels of an image are."""
         if tap.layout.kind == "conv":
             return None
         return row_mask(node, value, self.masks, self.traced, whole=tap.layout.kind == "embedding" and node is tap.reads)
@@ -142,13 +153,19 @@ class Walk(fx.Interpreter):
             gradients = torch.autograd.grad(
                 found, [self.given[n] for n in nodes], sent, retain_graph=draw < draws - 1, allow_unused=True
             )
-            for node, gradient in zip(nodes, gradients, strict=True):
-                if gradient is None:
-                    gradient = torch.zeros_like(self.given[node])
-                self._add_gradient(self.given_by[node], gradient, 1.0 / draws)
+            rows = {node: self._rows(node, gradient) for node, gradient in zip(nodes, gradients, strict=True)}
+            for node in self.outputs:
+                self._add_gradient(self.given_by[node], rows[node], 1.0 / draws)
+            self.samples.add_gradients(self.seen, rows)
 
-    def _add_gradient(self, tap: Tap, gradient: Tensor, weight: float) -> None:
-        rows = rows_of(tap.layout.outputs(gradient), self.mask_of(tap, tap.gives, gradient))
+    def _rows(self, node: fx.Node, gradient: Tensor | None) -> Tensor:
+        """Return the unpadded rows of the gradient at a node; zeros where the output of interest does not depend on it."""
+        if gradient is None:
+            gradient = torch.zeros_like(self.given[node])
+        tap = self.given_by[node]
+        return rows_of(tap.layout.outputs(gradient), self.mask_of(tap, node, gradient))
+
+    def _add_gradient(self, tap: Tap, rows: Tensor, weight: float) -> None:
         self.outputs[tap.gives].add(rows, weight)
         squares, value = rows.float().square().sum(1), self.seen[tap.reads]
         for read, place in pieces(tap.layout, value, self.mask_of(tap, tap.reads, value)):
@@ -157,15 +174,15 @@ class Walk(fx.Interpreter):
     def moments(self) -> dict[str, Moments]:
         """Return the means; the same tensor for sites that read the same value."""
         tokens = max(self.tokens.values(), default=0)
-        grams: dict[tuple[Source, ...], tuple[Tensor, Tensor, int]] = {}
+        shared: dict[tuple[Source, ...], Moments] = {}
         made = {}
         for fqn, taps in self.taps.items():
             reads = tuple(dict.fromkeys(source(tap) for tap in taps))
-            if reads not in grams:
-                grams[reads] = self._means(fqn, reads)
-            gram, mean, rows = grams[reads]
-            made[fqn] = Moments(gram=gram, mean=mean, tokens=rows)
-            if self.gradients:
+            if reads not in shared:
+                shared[reads] = self._means(fqn, reads, taps)
+            sampled: dict[str, Any] = {name: _finite(value, fqn, name) for name, value in self.samples.of(fqn).items()}
+            made[fqn] = replace(shared[reads], **sampled)
+            if self.outputs:
                 made[fqn] = self._with_gradients(made[fqn], fqn, [tap.gives for tap in taps], tokens)
         return made
 
@@ -178,11 +195,13 @@ class Walk(fx.Interpreter):
         mean = _added([self.weighted[node].column_sum() for node in gives]) / weight
         return replace(moments, fisher=fisher, weighted_gram=gram, weighted_mean=mean)
 
-    def _means(self, fqn: str, reads: tuple[Source, ...]) -> tuple[Tensor, Tensor, int]:
+    def _means(self, fqn: str, reads: tuple[Source, ...], taps: Sequence[Tap]) -> Moments:
+        if not self.inputs:
+            return Moments(tokens=sum(self.tokens[tap.gives] for tap in taps))
         rows = sum(self.inputs[key].rows for key in reads)
         gram = _added([self.inputs[key].total() for key in reads])
         mean = _added([self.inputs[key].column_sum() for key in reads])
-        return _finite(gram / max(rows, 1), fqn, "inputs"), mean / max(rows, 1), rows
+        return Moments(gram=_finite(gram / max(rows, 1), fqn, "inputs"), mean=mean / max(rows, 1), tokens=rows)
 
 
 def source(tap: Tap) -> Source:

@@ -1,6 +1,7 @@
 """Moments in the cache: one entry a site for its gradients, one for every input that several sites may share."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,10 @@ from lrc.measure.second_moments import pack_symmetric, unpack_symmetric
 from lrc.program import Program, Site
 from lrc.solvers import Moments
 
+SHARED = ("gram", "mean", "magnitudes")  # of the inputs, whatever the site
+OWN = ("fisher", "weighted_gram", "weighted_mean", "weight_fisher")
+SYMMETRIC = ("gram", "fisher", "weighted_gram")
+
 
 def store_moments(cache: Cache, key: str, program: Program, moments: Mapping[str, Moments]) -> None:
     """Store moments; the entry of a site last, since it says that all of it is there."""
@@ -18,46 +23,43 @@ def store_moments(cache: Cache, key: str, program: Program, moments: Mapping[str
         shared = _input_key(key, program, fqn)
         if shared not in stored:
             stored.add(shared)
-            assert found.gram is not None
-            assert found.mean is not None
-            rows = torch.tensor([found.tokens])
-            cache.put(shared, {"gram": _packed(found.gram), "mean": found.mean, "tokens": rows})
-        own = {name: _packed(value) for name in ("fisher", "weighted_gram") if (value := getattr(found, name)) is not None}
-        if found.weighted_mean is not None:
-            own["weighted_mean"] = found.weighted_mean
-        cache.put(_site_key(key, fqn), own | {"there": torch.ones(1)})
+            cache.put(shared, _packed(found, SHARED) | {"tokens": torch.tensor([found.tokens])})
+        cache.put(_site_key(key, fqn), _packed(found, OWN) | {"there": torch.ones(1)})
 
 
 def load_moments(cache: Cache, key: str, program: Program, fqns: Iterable[str]) -> dict[str, Moments]:
     """Return the moments that are stored; sites with the same inputs get the same tensors."""
-    shared: dict[str, tuple[Tensor, Tensor, int]] = {}
+    shared: dict[str, dict[str, Any]] = {}
     found = {}
     for fqn in fqns:
         own = cache.get(_site_key(key, fqn))
-        name = _input_key(key, program, fqn)
-        if own is not None and name not in shared:
-            entry = cache.get(name)
-            if entry is not None:
-                features = entry["mean"].shape[0]
-                gram = _unpacked(program.sites[fqn], "gram", entry["gram"], features)
-                shared[name] = gram, entry["mean"], int(entry["tokens"])
-        if own is None or name not in shared:
+        name, site = _input_key(key, program, fqn), program.site(fqn)
+        if own is None:
             continue
-        gram, mean, tokens = shared[name]
-        site = program.sites[fqn]
-        sizes = {"fisher": site.out_features, "weighted_gram": site.in_features}
-        unpacked = {name: _unpacked(site, name, own[name], size) for name, size in sizes.items() if name in own}
-        found[fqn] = Moments(gram=gram, mean=mean, tokens=tokens, weighted_mean=own.get("weighted_mean"), **unpacked)
+        if name not in shared:
+            entry = cache.get(name)
+            if entry is None:
+                continue
+            shared[name] = _unpacked(entry, SHARED, site) | {"tokens": int(entry["tokens"])}
+        found[fqn] = Moments(**shared[name], **_unpacked(own, OWN, site))
     return found
 
 
-def _packed(moment: Tensor) -> Tensor:
-    """Return what is stored of a second moment: its upper triangle, or its diagonal where it has nothing else."""
-    return moment if moment.ndim == 1 else pack_symmetric(moment)
+def _packed(moments: Moments, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return those of the named statistics that were measured, as they are stored."""
+    given = {name: value for name in names if (value := getattr(moments, name)) is not None}
+    return {name: pack_symmetric(value) if value.ndim == 2 and name in SYMMETRIC else value for name, value in given.items()}
 
 
-def _unpacked(site: Site, name: str, packed: Tensor, features: int) -> Tensor:
-    return packed if site.kind == "embedding" and name != "fisher" else unpack_symmetric(packed, features)
+def _unpacked(entry: Mapping[str, Tensor], names: Sequence[str], site: Site) -> dict[str, Any]:
+    """Return the named statistics of an entry, as `_packed` was given them."""
+    made: dict[str, Any] = {}
+    for name in names:
+        if name in entry:
+            features = site.out_features if name == "fisher" else site.in_features
+            packed = name in SYMMETRIC and (site.kind != "embedding" or name == "fisher")  # counts are a diagonal
+            made[name] = unpack_symmetric(entry[name], features) if packed else entry[name]
+    return made
 
 
 def _site_key(key: str, fqn: str) -> str:

@@ -79,6 +79,12 @@ def traced_masks(program: Program) -> dict[str, Tensor]:
     return found
 
 
+def traced_sizes(node: fx.Node, value: Tensor) -> list[Any]:
+    """Return the sizes of a node's value as traced (symbolic where they are dynamic), or of `value` if nothing was traced."""
+    traced = node.meta.get("val")
+    return _sizes(traced if isinstance(traced, Tensor) else value, whole=True)
+
+
 def _sizes(value: Tensor, *, whole: bool = False) -> list[Any]:
     """Return the leading sizes, or all of them, as numbers or symbolic expressions."""
     shape = value.shape if whole else value.shape[:-1]

@@ -79,9 +79,13 @@ class Choice:
 
 
 class RankPolicy(SpecModel):
-    """Options of a rank policy, told apart by their one required key. budget: one amount over all sites together."""
+    """Options of a rank policy, told apart by their one required key.
+
+    budget: one amount over all sites together. by_shape: the rank is `most`, whatever the decomposition.
+    """
 
     budget: ClassVar[bool] = False
+    by_shape: ClassVar[bool] = False
 
     def most(self, out_features: int, in_features: int) -> int:
         """Return a bound on the ranks that the policy may choose, from the shape alone."""
@@ -92,6 +96,7 @@ class FixedRank(RankPolicy):
     """The same rank everywhere; in the file the bare number."""
 
     rank: int = Field(ge=1, description="columns of B, rows of A")
+    by_shape: ClassVar[bool] = True
 
     def most(self, out_features: int, in_features: int) -> int:
         """Return the rank itself."""

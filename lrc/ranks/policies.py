@@ -1,5 +1,7 @@
 """Rank policies that look at one site alone."""
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
@@ -16,6 +18,7 @@ class FractionRank(RankPolicy):
     """Keep a fraction of the smaller dimension."""
 
     fraction: float = Field(gt=0, le=1, description="rank over min(in_features, out_features), no unit")
+    by_shape: ClassVar[bool] = True
 
     def most(self, out_features: int, in_features: int) -> int:
         """Return the fraction of the smaller side, rounded down, at least 1."""
@@ -26,6 +29,7 @@ class BreakevenRank(RankPolicy):
     """Keep a fraction of the rank at which two factors are as large as the dense weight."""
 
     breakeven: float = Field(gt=0, le=1, description="rank over m n / (m + n), no unit")
+    by_shape: ClassVar[bool] = True
 
     def most(self, out_features: int, in_features: int) -> int:
         """Return the fraction of the break-even rank, rounded down, at least 1."""

@@ -8,9 +8,9 @@ stranger's.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lrc.maps import LinearMap
 from lrc.program import Program
@@ -64,6 +64,17 @@ class RankedOptions(PassOptions):
         description="A weight that something else reads too (a head that shares the embedding): leave it dense, give the "
         "linear its own map, or refuse.",
     )
+
+    @model_validator(mode="after")
+    def _rank_that_the_solver_can_know(self) -> Self:
+        """Refuse to choose among ranks by their losses where the solver knows the loss of one rank alone."""
+        if not self.solver.nested and not self.rank.by_shape:
+            (policy,) = type(self.rank).model_fields
+            raise ValueError(
+                f"the solver `{self.solver.type}` decomposes anew for every rank, so `rank: {{{policy}: …}}` has nothing to "
+                "choose from; give a whole number, {fraction: …} or {breakeven: …}, or choose another solver"
+            )
+        return self
 
 
 @dataclass(frozen=True)

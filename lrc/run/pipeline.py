@@ -79,6 +79,7 @@ def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, sessio
         needs = needs_of(options)
         grams = {site.uses[0].input: gram_numbers(site) for site in sites} if Need.INPUTS in needs else {}
         fishers = sum(site.out_features**2 for site in sites) if Need.GRADIENTS in needs else 0
+        fishers += sum(site.out_features * site.in_features for site in sites) if Need.WEIGHT_FISHER in needs else 0
         largest = max((site.out_features * site.in_features for site in sites), default=0)
         most = max(most, 8 * (sum(grams.values()) + fishers) + 64 * session.workers * largest)
     return plan.bytes[0] + most

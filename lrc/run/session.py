@@ -8,11 +8,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from lrc.data import Batches
-from lrc.errors import DataError, UsageError
+from lrc.errors import DataError, SolverError, UsageError
 from lrc.measure import Cache, collect, digest
 from lrc.measure.cotangents import has_classes
 from lrc.program import Program, Site
-from lrc.ranks import FixedRank
+from lrc.ranks import FixedRank, rounded
 from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
 from lrc.solvers import Decomposition, Moments, Need
 from lrc.spec.registry import SOLVERS
@@ -84,7 +84,8 @@ class Session:
         """Return the content hash of everything that a collection of moments depends on."""
         if not needs:
             return "nothing"
-        gradients = (getattr(options, "fisher", "sampled"), getattr(options, "draws", 1)) if Need.GRADIENTS in needs else ()
+        backward = not needs.isdisjoint({Need.GRADIENTS, Need.WEIGHT_FISHER})
+        gradients = (getattr(options, "fisher", "sampled"), getattr(options, "draws", 1)) if backward else ()
         return digest(
             "moments-2", program.digest(), list(self.batches), sorted(needs), gradients, self.seed,
             torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
@@ -130,7 +131,7 @@ class Session:
         """Return the decompositions of `fqns` for a ranked pass; those that the cache lacks are computed, in parallel."""
         solver, sites = options.solver, program.sites
         key = self.measured_key(program, solver.needs, solver)
-        keys = {fqn: terms_key(sites[fqn], key, solver, max_rank(sites[fqn], options)) for fqn in fqns}
+        keys = {fqn: terms_key(sites[fqn], key, solver, max_rank(sites[fqn], options), self.seed) for fqn in fqns}
         terms = Terms(self.cache, keys)
         missing = terms.missing()
         if missing:
@@ -147,12 +148,15 @@ class Session:
         return terms
 
     def solve(self, site: Site, moments: Moments, options: Any, rank: int | None = None) -> Decomposition:
-        """Decompose the weight of one site."""
+        """Decompose the weight of one site. Raises SolverError that names it."""
         weight, bias = site.map.dense()
         generator = generator_for(site.fqn, self.seed)
-        found = SOLVERS.for_options(options.solver)(
-            weight, bias, moments, rank or max_rank(site, options), options.solver, generator
-        )
+        solve = SOLVERS.for_options(options.solver)
+        try:
+            found = solve(weight, bias, moments, rank or max_rank(site, options), options.solver, generator)
+        except SolverError as error:
+            where = f"{site.fqn}: {error.where}"
+            raise SolverError(where, expected=error.expected, got=error.got, hint=error.hint, message=error.message) from error
         assert isinstance(found, Decomposition)
         return found
 
@@ -177,6 +181,7 @@ def max_rank(site: Site, options: Any) -> int:
     """Return how many terms a pass can use at most. Raises UsageError for a rank that is not possible.
 
     All terms, for any budget to be planned from them later, unless one rank was asked for or the solver gains by fewer.
+    A solver that is not nested makes exactly the terms that the rank policy will choose.
     """
     full = min(site.out_features, site.in_features)
     fixed = isinstance(options.rank, FixedRank)
@@ -188,6 +193,8 @@ def max_rank(site: Site, options: Any) -> int:
             got=str(rank),
             hint="Lower `rank`, or name the site under `ignore`",
         )
+    if not options.solver.nested:
+        return min(full, rounded(rank, options.round_to))
     if fixed:
         return rank
     return min(full, -(-rank // options.round_to) * options.round_to) if options.solver.leading else full

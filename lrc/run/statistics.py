@@ -86,10 +86,10 @@ class Terms:
         )
 
 
-def terms_key(site: Site, measured: str, solver: Any, max_rank: int) -> str:
+def terms_key(site: Site, measured: str, solver: Any, max_rank: int, seed: int) -> str:
     """Return the content hash of everything that a decomposition depends on."""
     weight, bias = site.map.dense()
-    return digest("decomposition-2", weight, bias, measured, solver.model_dump(), max_rank, torch.__version__, site.fqn)
+    return digest("decomposition-2", weight, bias, measured, solver.model_dump(), max_rank, seed, torch.__version__, site.fqn)
 
 
 def solve_all(fqns: Sequence[str], solve: Callable[[str], T], workers: int) -> Iterator[T]:

@@ -5,48 +5,65 @@ from typing import Any
 from lrc.solvers.afm import AfmSolver, LordSolver, afm, lord
 from lrc.solvers.auto import AutoSolver, auto
 from lrc.solvers.base import LOSS_UNIT, Decomposition, Factors, Moments, Need, Solve, SolverOptions, solver
+from lrc.solvers.fisher import FisherOptions
 from lrc.solvers.gram import GramSolver, gram
 from lrc.solvers.inputs import InputsOptions, propagated_target
 from lrc.solvers.kfac import KfacSolver, kfac
 from lrc.solvers.ladder import Root, root
+from lrc.solvers.nmf import NmfSolver, SnmfSolver, nmf, snmf
 from lrc.solvers.pivot import Pivot, Refusal, pivot
+from lrc.solvers.random_init import RandomSolver, random_init
 from lrc.solvers.randomized import RandomizedSolver, randomized
+from lrc.solvers.scaled import AsvdSolver, FwsvdSolver, asvd, fwsvd
 from lrc.solvers.svd import SvdSolver, svd
 from lrc.solvers.whitened import WhitenedSolver, whitened
 from lrc.spec.registry import Rule
 
-BUILTIN: tuple[Rule[Any, Any], ...] = (kfac, whitened, afm, lord, svd, gram, randomized, auto)
+BUILTIN: tuple[Rule[Any, Any], ...] = (
+    kfac, whitened, afm, lord, asvd, fwsvd, svd, gram, randomized, auto, snmf, nmf, random_init,
+)  # fmt: skip
 
 __all__ = [
     "BUILTIN",
     "LOSS_UNIT",
     "AfmSolver",
+    "AsvdSolver",
     "AutoSolver",
     "Decomposition",
     "Factors",
+    "FisherOptions",
+    "FwsvdSolver",
     "GramSolver",
     "InputsOptions",
     "KfacSolver",
     "LordSolver",
     "Moments",
     "Need",
+    "NmfSolver",
     "Pivot",
+    "RandomSolver",
     "RandomizedSolver",
     "Refusal",
     "Root",
+    "SnmfSolver",
     "Solve",
     "SolverOptions",
     "SvdSolver",
     "WhitenedSolver",
     "afm",
+    "asvd",
     "auto",
+    "fwsvd",
     "gram",
     "kfac",
     "lord",
+    "nmf",
     "pivot",
     "propagated_target",
+    "random_init",
     "randomized",
     "root",
+    "snmf",
     "solver",
     "svd",
     "whitened",

@@ -1,7 +1,7 @@
 """What a solver is given and what it returns: tensors alone, no graph and no spec file.
 
 A solver decomposes one weight once, into terms ordered by what they are worth; every rank is then a slice of it. So a
-plan with another budget costs no new decomposition.
+plan with another budget costs no new decomposition. The few methods that are not nested in rank say so in their options.
 """
 
 from collections.abc import Callable
@@ -109,10 +109,15 @@ class Decomposition:
 
 
 class SolverOptions(Tagged):
-    """The options of a solver. needs: what must be measured for it; leading: the fewer terms are asked for, the faster."""
+    """The options of a solver. needs: what must be measured for it; leading: the fewer terms are asked for, the faster.
+
+    nested: the terms of a lower rank are the first ones of a higher one. Where they are not, a weight is decomposed at
+    exactly the rank that it gets, `max_rank`, and `Decomposition.losses` holds at that rank alone.
+    """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     leading: ClassVar[bool] = False
+    nested: ClassVar[bool] = True
 
     def settled(self, *, logits: bool) -> Self:
         """Return the options with what they leave to the model settled. logits: whether its outputs are those of classes."""

@@ -1,7 +1,7 @@
 """Our default: the weight whitened on both sides, by its inputs and by the loss's gradient at its outputs."""
 
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -10,6 +10,7 @@ from torch import Tensor
 from lrc.errors import SolverError
 from lrc.solvers.base import LOSS_UNIT, Decomposition, Moments, Need, solver
 from lrc.solvers.checks import check
+from lrc.solvers.fisher import FisherOptions
 from lrc.solvers.inputs import InputsOptions, centers, input_moment, propagated_target
 from lrc.solvers.ladder import root
 from lrc.solvers.terms import ordered_terms, storage_dtype
@@ -20,7 +21,7 @@ STEP = 10.0
 ATTEMPTS = 8
 
 
-class KfacSolver(InputsOptions):
+class KfacSolver(InputsOptions, FisherOptions):
     """The least loss in second order: inputs and output gradients weigh the error (Kronecker-factored Fisher)."""
 
     type: Literal["kfac"] = "kfac"
@@ -30,11 +31,6 @@ class KfacSolver(InputsOptions):
     damping_out: float = Field(
         default=1.0, ge=0, description="Added to the diagonal of the gradients' second moment, of its mean."
     )
-    fisher: Literal["auto", "sampled", "labels", "outputs"] = Field(
-        default="auto",
-        description="Gradients of: labels drawn from the model's own prediction, the data's labels, or a squared error of "
-        "the outputs; auto: sampled for a model with logits, outputs for all others.",
-    )
     focus: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
         default="auto",
         description="Share of the inputs' second moment in which a token counts by the squared norm of its gradient, in the "
@@ -42,11 +38,11 @@ class KfacSolver(InputsOptions):
     )
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS, Need.GRADIENTS})
 
-    def settled(self, *, logits: bool) -> "KfacSolver":
-        """Return the options with `auto` settled: labels are drawn where there are logits to draw them from."""
-        fisher = ("sampled" if logits else "outputs") if self.fisher == "auto" else self.fisher
-        focus = (1.0 if fisher == "outputs" else 0.5) if self.focus == "auto" else self.focus
-        return self.model_copy(update={"fisher": fisher, "focus": focus})
+    def settled(self, *, logits: bool) -> Self:
+        """Return the options with both kinds of `auto` settled."""
+        made = super().settled(logits=logits)
+        focus = (1.0 if made.fisher == "outputs" else 0.5) if made.focus == "auto" else made.focus
+        return made.model_copy(update={"focus": focus})
 
 
 @solver(KfacSolver)

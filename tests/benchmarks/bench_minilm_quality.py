@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_minilm_quality.py [--kept 0.5 0.3 0.2] [--seeds 5] [--form auto] [--onnx] [--test]
 
-The baseline is the dense model, and the other solvers at the same size (`--solver svd afm whitened kfac`). `--onnx` scores
-the ONNX file by ONNX Runtime alone, `--test` scores the test split (once, at the end).
+The baseline is the dense model, and the other solvers at the same size (`--solver svd asvd fwsvd afm whitened kfac`).
+`--onnx` scores the ONNX file by ONNX Runtime alone, `--test` scores the test split (once, at the end).
 """
 
 import argparse
@@ -28,6 +28,8 @@ SOLVERS: dict[str, Any] = {
     "kfac": {"type": "kfac", "fisher": "outputs"},
     "whitened": {"type": "whitened", "center": False},
     "afm": "afm",
+    "asvd": "asvd",
+    "fwsvd": {"type": "fwsvd", "fisher": "outputs"},
     "svd": "svd",
 }
 

@@ -69,4 +69,3 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """The share of images whose largest logit is that of the label."""
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
     return right / len(labels)
-

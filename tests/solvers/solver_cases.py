@@ -1,5 +1,6 @@
 """Weights, samples and their moments for tests of solvers, and the losses written out sample by sample."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,6 +77,12 @@ def moments_of(X: Tensor, gradients: Tensor | None = None, dense: Tensor | None 
         dense_mean=None if dense is None else dense.mean(0),
         tokens=tokens,
     )
+
+
+def with_samples(moments: Moments, X: Tensor, gradients: Tensor) -> Moments:
+    """Add what is measured sample by sample, where every token is a sample of its own."""
+    fisher = gradients.square().T @ X.square() / len(X)
+    return replace(moments, magnitudes=X.abs().mean(0), weight_fisher=fisher)
 
 
 def solved(

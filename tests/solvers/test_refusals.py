@@ -5,20 +5,21 @@ from typing import Any
 
 import pytest
 import torch
-from solver_cases import F64, generator, moments_of, randn, samples, solved
+from solver_cases import F64, generator, moments_of, randn, samples, solved, with_samples
 from torch import Tensor
 
 from lrc.errors import SolverError
-from lrc.solvers import Moments, afm, gram, kfac, lord, svd, whitened
+from lrc.solvers import Moments, afm, asvd, fwsvd, gram, kfac, lord, nmf, random_init, snmf, svd, whitened
 from lrc.spec.registry import Rule
 
 Solver = Rule[Any, Any]
-SOLVERS = [svd, gram, whitened, afm, lord, kfac]
+NESTED = [svd, gram, whitened, afm, lord, kfac, asvd, fwsvd]
+SOLVERS = [*NESTED, snmf, nmf, random_init]
 each = pytest.mark.parametrize("rule", SOLVERS, ids=lambda rule: rule.name)
 with_inputs = pytest.mark.parametrize("rule", [whitened, afm, lord, kfac], ids=lambda rule: rule.name)
 
-W = randn(5, 4, seed=0)
-MOMENTS = moments_of(samples(4, 1), samples(5, 2))
+W = randn(5, 4, seed=0).abs()
+MOMENTS = with_samples(moments_of(samples(4, 1), samples(5, 2)), samples(4, 1), samples(5, 2))
 
 
 def damaged(tensor: Tensor, *values: float) -> Tensor:
@@ -82,17 +83,21 @@ def test_a_missing_mean_is_refused_only_where_it_is_needed(rule: Solver) -> None
 @each
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("gram", (5, 5)), ("gram", (5,)), ("mean", (5,)), ("fisher", (4, 4)), ("cross", (4, 5)), ("dense_mean", (1, 4))],
-)
+    [
+        ("gram", (5, 5)), ("gram", (5,)), ("mean", (5,)), ("fisher", (4, 4)), ("cross", (4, 5)), ("dense_mean", (1, 4)),
+        ("weight_fisher", (4, 5)), ("magnitudes", (5,)),
+    ],
+)  # fmt: skip
 def test_a_statistic_of_another_shape_is_refused_by_name(rule: Solver, name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(SolverError, match=rf"moments.{name}: expected shape \(.*\), got shape \({shape[0]}"):
         solved(rule, W, replace(MOMENTS, **{name: torch.zeros(shape, dtype=F64)}))
 
 
 @each
-@pytest.mark.parametrize("name", ["gram", "mean", "fisher", "cross", "dense_mean"])
+@pytest.mark.parametrize("name", ["gram", "mean", "fisher", "cross", "dense_mean", "weight_fisher", "magnitudes"])
 def test_a_statistic_that_is_not_finite_is_refused_by_name(rule: Solver, name: str) -> None:
     given = {"gram": MOMENTS.gram, "mean": MOMENTS.mean, "fisher": MOMENTS.fisher, "cross": MOMENTS.gram}
+    given["weight_fisher"] = MOMENTS.weight_fisher
     tensor = given.get(name, MOMENTS.mean)
     assert tensor is not None
     moments = replace(MOMENTS, **{name: damaged(tensor, float("nan"))})
@@ -112,10 +117,11 @@ def test_solvers_of_the_weight_alone_need_no_moments(rule: Solver) -> None:
     assert solved(rule, W, Moments()).S.shape == (4,)
 
 
-@each
+@pytest.mark.parametrize("rule", NESTED, ids=lambda rule: rule.name)
 def test_one_row_one_column_and_one_number_are_solved(rule: Solver) -> None:
     for m, n in ((1, 6), (6, 1), (1, 1)):
         weight = randn(m, n, seed=3)
-        terms = solved(rule, weight, moments_of(samples(n, 1), samples(m, 2)))
+        X, g = samples(n, 1), samples(m, 2)
+        terms = solved(rule, weight, with_samples(moments_of(X, g), X, g))
         B, A, _ = terms.truncate(1, F64)
         assert torch.allclose(B @ A, weight, rtol=1e-8, atol=0)
