@@ -3,6 +3,7 @@
 from typing import Any
 
 from lrc.solvers.afm import AfmSolver, LordSolver, afm, lord
+from lrc.solvers.altmin import AltminSolver, altmin
 from lrc.solvers.auto import AutoSolver, auto
 from lrc.solvers.base import LOSS_UNIT, Decomposition, Factors, Moments, Need, Solve, SolverOptions, solver
 from lrc.solvers.gram import GramSolver, gram
@@ -15,12 +16,13 @@ from lrc.solvers.svd import SvdSolver, svd
 from lrc.solvers.whitened import WhitenedSolver, whitened
 from lrc.spec.registry import Rule
 
-BUILTIN: tuple[Rule[Any, Any], ...] = (kfac, whitened, afm, lord, svd, gram, randomized, auto)
+BUILTIN: tuple[Rule[Any, Any], ...] = (kfac, whitened, afm, lord, svd, gram, randomized, auto, altmin)
 
 __all__ = [
     "BUILTIN",
     "LOSS_UNIT",
     "AfmSolver",
+    "AltminSolver",
     "AutoSolver",
     "Decomposition",
     "Factors",
@@ -39,6 +41,7 @@ __all__ = [
     "SvdSolver",
     "WhitenedSolver",
     "afm",
+    "altmin",
     "auto",
     "gram",
     "kfac",

@@ -8,7 +8,7 @@ from torch import Tensor
 from lrc.errors import SolverError
 from lrc.solvers.base import Moments, Need
 
-NEEDED = {Need.INPUTS: "gram", Need.GRADIENTS: "fisher"}
+NEEDED = {Need.INPUTS: "gram", Need.GRADIENTS: "fisher", Need.WEIGHT_FISHER: "weight_fisher"}
 
 
 def check(weight: Tensor, bias: Tensor | None, moments: Moments, max_rank: int, needs: frozenset[Need]) -> None:
@@ -37,6 +37,7 @@ def check(weight: Tensor, bias: Tensor | None, moments: Moments, max_rank: int, 
         "weighted_mean": (in_features,),
         "cross": (in_features, in_features),
         "dense_mean": (in_features,),
+        "weight_fisher": (out_features, in_features),
     }
     for name, shape in shapes.items():
         statistic = getattr(moments, name)
