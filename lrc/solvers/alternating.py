@@ -132,5 +132,5 @@ def alternate(
         U, V = balanced(U, V)
         losses.append(problem.loss(U, V))
         before, after = math.sqrt(losses[-2]), math.sqrt(losses[-1])
-        settled = losses[-1] <= nothing or abs(before - after) <= tolerance * before
+        settled = losses[-1] <= nothing or abs(before - after) < tolerance * before
     return Fit(U, V, tuple(losses), settled)

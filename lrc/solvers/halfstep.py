@@ -14,6 +14,7 @@ BLOCK = 1 << 23  # numbers that the matrices of a block of rows may take, 64 MB
 PIVOT = 1e-13  # smallest squared diagonal of a Cholesky factor, of the largest, that is taken for more than rounding
 SKETCH = 4  # rows of a sketch over the rank: a random one has a condition number of about 3 then
 STEPS = 40  # of conjugate gradients: behind a good sketch each takes off more than half of the error
+UNSEEN = 1e-6  # of what the sketch says of a direction: with less, no entry of the row sees it
 REDUCTION = 0.1  # of the error of the start that a step of the alternation leaves
 
 
@@ -52,14 +53,14 @@ def refitted(problem: Weighted, F: Tensor, X: Tensor, ridge: float, lsq: Lsq, ge
     for low in range(0, rows, step):
         block = problem.block(low, min(rows, low + step))
         if lsq == "exact":
-            parts.append(exact(block, F, ridge))
+            parts.append(exact(block, F, X[low : low + step], ridge))
         else:
             parts.append(conjugate(block, F, X[low : low + step], ridge, REDUCTION, generator))
     return torch.cat(parts)
 
 
-def exact(problem: Weighted, F: Tensor, ridge: float) -> Tensor:
-    """Return the solution of (Fᵀ D_i F + ridge) x_i = Fᵀ D_i M_i for every row i, (rows, rank).
+def exact(problem: Weighted, F: Tensor, X: Tensor, ridge: float) -> Tensor:
+    """Return the solution of (Fᵀ D_i F + ridge) x_i = Fᵀ D_i M_i for every row i, (rows, rank), the nearest to X if many.
 
     The matrices of all rows are the weights times the products of pairs of columns of F: one (sparse or dense) product.
     """
@@ -70,23 +71,24 @@ def exact(problem: Weighted, F: Tensor, ridge: float) -> Tensor:
     for some, others in zip(i.split(width), j.split(width), strict=True):
         gram[:, some, others] = problem.weigh(F[:, some] * F[:, others])
     gram.diagonal(dim1=1, dim2=2).add_(ridge)
-    return solved(gram, problem.weigh_values(F))
+    return solved(gram, problem.weigh_values(F), X)
 
 
-def solved(gram: Tensor, right: Tensor) -> Tensor:
+def solved(gram: Tensor, right: Tensor, X: Tensor) -> Tensor:
     """Return gram⁻¹ right for each of a batch of symmetric matrices (rows, rank, rank), given by their lower triangles.
 
-    A matrix that is singular up to rounding (a row with fewer known entries than the rank) gives the shortest solution.
+    Where one is singular up to rounding (a row with fewer known entries than the rank), X is corrected in the directions that
+    the entries say something about, and left alone in the others: the error cannot grow by what is not solved for.
     """
     L, info = torch.linalg.cholesky_ex(gram)
     pivots = L.diagonal(dim1=1, dim2=2).square()
     bad = (info != 0) | ~(pivots.min(1).values > PIVOT * pivots.max(1).values)
-    found: Tensor = torch.cholesky_solve(right[:, :, None], L)[:, :, 0]
+    found = _divided(right, L)
     if bool(bad.any()):
         e, Q = torch.linalg.eigh(gram[bad])
         usable = e > PIVOT * e[:, -1:].clamp(min=torch.finfo(e.dtype).tiny)
-        parts = (Q.mT @ right[bad][:, :, None])[:, :, 0]
-        found[bad] = (Q @ torch.where(usable, parts / e, 0.0)[:, :, None])[:, :, 0]
+        parts, old = ((Q.mT @ side[bad][:, :, None])[:, :, 0] for side in (right, X))
+        found[bad] = (Q @ torch.where(usable, parts / e, old)[:, :, None])[:, :, 0]
     return found
 
 
@@ -109,10 +111,12 @@ def conjugate(
         if float(energy.sum()) <= enough:
             break
         image = problem.normal(F, direction) + ridge * direction
-        length = _ratio(energy, (direction * image).sum(1))[:, None]
+        curvature = (direction * image).sum(1)
+        seen = curvature > UNSEEN * (L.mT @ direction[:, :, None]).square().sum((1, 2))  # the rest is rounding
+        length = torch.where(seen, _ratio(energy, curvature), 0.0)[:, None]
         X, residual = X + length * direction, residual - length * image
         Z = _divided(residual, L)
-        before, energy = energy, (residual * Z).sum(1)
+        before, energy = energy, torch.where(seen, (residual * Z).sum(1), 0.0)
         direction = Z + _ratio(energy, before)[:, None] * direction
     return X
 
