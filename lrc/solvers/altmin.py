@@ -49,6 +49,12 @@ class AltminSolver(SolverOptions):
         ge=0,
         description="What every singular value is shrunk by, of the largest: keeps rows with few entries finite.",
     )
+    damping: float = Field(
+        default=0.0,
+        ge=0,
+        description="Added to the weight of every entry, of their mean: keeps entries that seem to count for nothing near what "
+        "they are; with `weights: nonzero` it pulls what is filled in towards zero.",
+    )
     sweeps: int = Field(default=50, ge=1, description="How often both factors are refitted at most.")
     tolerance: float = Field(
         default=1e-6, ge=0, description="Stop once a sweep changes the weighted error by no more than this fraction of it."
@@ -115,6 +121,8 @@ def weights_of(weight: Tensor, moments: Moments, options: AltminSolver) -> tuple
             raise SolverError("moments.weight_fisher", expected="numbers >= 0", got=f"{negative} negative of {omega.numel()}")
     if not bool((omega > 0).any()):
         return torch.ones_like(omega), [UNREACHED]
+    if options.damping > 0:
+        return omega + options.damping * omega.mean(), []
     notes = [
         f"{count} of {len(known)} {side} have no entry with a weight: the product is 0 there"
         for side, known in (("outputs", (omega > 0).any(1)), ("inputs", (omega > 0).any(0)))

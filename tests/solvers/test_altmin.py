@@ -145,6 +145,19 @@ def test_more_terms_than_the_weight_has_are_not_made_up() -> None:
     assert float(terms.losses()[3]) <= 1e-18
 
 
+def test_damping_counts_every_entry_and_leaves_entries_without_a_weight_closer_to_what_they_are() -> None:
+    W, Omega = randn(30, 24, seed=0), fisher((30, 24), 1)
+    Omega[Omega < 1e-7] = 0
+    free, damped = weighed(W, Omega, 8), weighed(W, Omega, 8, damping=1.0)
+    total = Omega + Omega.mean()
+    assert math.isclose(float(damped.losses()[8]), error(W, total, damped, 8), rel_tol=1e-9)
+    unseen = Omega == 0
+    far, near = (float((terms.B @ terms.A - W)[unseen].norm()) for terms in (free, damped))
+    assert near < 0.5 * far
+    left = torch.where(unseen, 0.0, W)
+    assert "100.0% of the entries" in solved(altmin, left, rank=3, weights="nonzero", damping=0.1).notes[-1]
+
+
 def test_outputs_and_inputs_without_a_weight_are_reported_and_finite() -> None:
     W, Omega = randn(20, 14, seed=0), fisher((20, 14), 1)
     Omega[3] = Omega[:, 5] = Omega[:, 6] = 0
@@ -221,7 +234,9 @@ def test_bad_weights_biases_and_ranks_are_refused(weights: str) -> None:
         altmin(W, None, Moments(), 0, AltminSolver(weights=weights), generator(0))
 
 
-@pytest.mark.parametrize("bad", [{"ridge": -1.0}, {"sweeps": 0}, {"tolerance": -0.1}, {"lsq": "cg"}, {"weights": "mask"}])
+@pytest.mark.parametrize(
+    "bad", [{"ridge": -1.0}, {"damping": -1.0}, {"sweeps": 0}, {"tolerance": -0.1}, {"lsq": "cg"}, {"weights": "mask"}]
+)
 def test_options_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         AltminSolver(**bad)
