@@ -73,7 +73,7 @@ def scaled_svd(problem: Matrix, rank: int, generator: torch.Generator) -> tuple[
     """Return U (rows, rank) and V (columns, rank) of the best product in the norm of the nearest rank-one weights.
 
     Those are left² right²ᵀ; where the weights are of rank one this is the minimum itself. Source: Guo et al. (2024),
-    LQ-LoRA, arXiv:2311.12023, appendix (the scales), with theirs normalised so that the product is that of the weights.
+    LQ-LoRA, arXiv:2311.12023 (the scales), normalised here so that they multiply to weights of rank one.
     """
     left, right = scales(problem)
     U, S, V = problem.leading(left, right, rank, generator)

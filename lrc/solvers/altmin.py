@@ -57,7 +57,7 @@ class AltminSolver(SolverOptions):
     )
     sweeps: int = Field(default=50, ge=1, description="How often both factors are refitted at most.")
     tolerance: float = Field(
-        default=1e-6, ge=0, description="Stop once a sweep changes the weighted error by no more than this fraction of it."
+        default=1e-6, ge=0, description="Stop once a sweep changes the weighted error by less than this fraction of it."
     )
     leading: ClassVar[bool] = True  # it fits the rank that is asked for
     nested: ClassVar[bool] = False  # and no other: not for a budget that is shared once the terms are known

@@ -197,7 +197,7 @@ def main() -> None:
     about = {
         "shape": list(shape),
         "weighed": dense,
-        "threads": torch.get_num_threads(),
+        "threads": 1,
         "exponents": growth,
         "plot": plot(by_entries + by_rank),
     }
