@@ -142,13 +142,13 @@ def weighed(rows: int, columns: int, rank: int, rounds: int) -> dict[str, Any]:
     return row
 
 
-def slope(rows: list[dict[str, Any]], way: str) -> float:
-    """Return the exponent of time per sweep in the number of entries times the rank, by least squares of logarithms."""
-    x, y = (
-        np.log([row["million_entries_times_rank"] for row in rows]),
-        np.log([row["milliseconds_per_sweep"][way] for row in rows]),
-    )
-    return round(float(np.polyfit(x, y, 1)[0]), 2)
+def line(rows: list[dict[str, Any]], way: str) -> dict[str, float]:
+    """Return the straight line through time per sweep against entries times rank, and how far off it the worst case is."""
+    x = np.array([row["million_entries_times_rank"] for row in rows])
+    y = np.array([row["milliseconds_per_sweep"][way] for row in rows])
+    each, fixed = np.polyfit(x, y, 1)
+    worst = float(np.abs((fixed + each * x) / y - 1).max())
+    return {"fixed_ms": round(float(fixed), 1), "ms_per_million": round(float(each), 2), "worst_deviation": round(worst, 3)}
 
 
 def plot(rows: list[dict[str, Any]]) -> str:
@@ -179,26 +179,21 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[5, 10, 20, 40], help="at --ranks-share")
     parser.add_argument("--ranks-share", type=float, default=0.2)
     parser.add_argument("--weighed-shape", type=int, nargs=2, default=[1000, 750])
-    parser.add_argument("--weighed-ranks", type=int, nargs="*", default=[8, 16, 32, 64, 128])
+    parser.add_argument("--weighed-ranks", type=int, nargs="*", default=[8, 16, 32, 64])
     parser.add_argument("--sweeps", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     shape = asked.rows, asked.columns
     by_entries = [case(*shape, asked.rank, share, asked, compare=share == asked.shares[0]) for share in asked.shares]
     by_rank = [case(*shape, rank, asked.ranks_share, asked, compare=False) for rank in asked.ranks]
-    growth = {
-        f"{way} in {what}": slope(rows, way)
-        for what, rows in (("entries", by_entries), ("rank", by_rank))
-        for way in WAYS
-        if len(rows) > 1
-    }
+    growth = {way: line(by_entries, way) for way in WAYS} if len(by_entries) > 2 else {}
     dense = [weighed(*asked.weighed_shape, rank, asked.rounds) for rank in asked.weighed_ranks]
     about = {
         "shape": list(shape),
         "weighed": dense,
         "threads": 1,
-        "exponents": growth,
+        "lines": growth,
         "plot": plot(by_entries + by_rank),
     }
     show("completion", by_entries + by_rank, **about)
