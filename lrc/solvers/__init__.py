@@ -3,6 +3,7 @@
 from typing import Any
 
 from lrc.solvers.afm import AfmSolver, LordSolver, afm, lord
+from lrc.solvers.altmin import AltminSolver, altmin
 from lrc.solvers.auto import AutoSolver, auto
 from lrc.solvers.base import LOSS_UNIT, Decomposition, Factors, Moments, Need, Solve, SolverOptions, solver
 from lrc.solvers.fisher import FisherOptions
@@ -20,13 +21,14 @@ from lrc.solvers.whitened import WhitenedSolver, whitened
 from lrc.spec.registry import Rule
 
 BUILTIN: tuple[Rule[Any, Any], ...] = (
-    kfac, whitened, afm, lord, asvd, fwsvd, svd, gram, randomized, auto, snmf, nmf, random_init,
+    kfac, whitened, afm, lord, asvd, fwsvd, svd, gram, randomized, auto, altmin, snmf, nmf, random_init,
 )  # fmt: skip
 
 __all__ = [
     "BUILTIN",
     "LOSS_UNIT",
     "AfmSolver",
+    "AltminSolver",
     "AsvdSolver",
     "AutoSolver",
     "Decomposition",
@@ -51,6 +53,7 @@ __all__ = [
     "SvdSolver",
     "WhitenedSolver",
     "afm",
+    "altmin",
     "asvd",
     "auto",
     "fwsvd",
