@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 
 from lrc.maps import LinearMap
 from lrc.program import Program
-from lrc.ranks import RankField
+from lrc.ranks import AllocateField, RankField
 from lrc.run.plan import Decision
 from lrc.solvers import Decomposition, Moments, Need, SolverOptions
 from lrc.spec.base import Tagged
@@ -50,7 +50,7 @@ class RankedOptions(PassOptions):
         description="How a weight is decomposed: a name, or a mapping with `type`."
     )
     rank: RankField = Field(description="A rank for every site, or one budget over all of them.")
-    allocate: Literal["auto", "global", "uniform"] = Field(
+    allocate: AllocateField = Field(
         default="auto",
         description="How a budget over all targets is shared: by marginal loss per parameter, or equally; auto: global where "
         "the solver's losses may be compared between layers (kfac), else uniform.",

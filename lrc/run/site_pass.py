@@ -12,7 +12,7 @@ from lrc.errors import LrcError, SiteError
 from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
-from lrc.ranks import Choice, SiteCurve, choose
+from lrc.ranks import Choice, allocate_ranks
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
@@ -91,14 +91,15 @@ class RankedSitePass(SitePass):
         free = [s.fqn for s in selected if not s.keep]
         terms = session.decompose(program, free, options)
         curves = {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free}
-        choices = choose(list(curves.values()), options.rank, allocate=options.allocate, round_to=options.round_to)
+        found = allocate_ranks(list(curves.values()), options.rank, allocate=options.allocate, round_to=options.round_to)
+        session.notices += found.notes
         before = in_groups(program, free) if compressed(options) else {}
         decisions = []
         for chosen in selected:
             made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
             if not chosen.keep:
                 made = replace(made, after_sites=before.get(chosen.fqn, ()))
-                made = self.decide(made, program.sites[chosen.fqn], choices[chosen.fqn], curves[chosen.fqn], terms)
+                made = self.decide(made, program.sites[chosen.fqn], found.choices[chosen.fqn], terms)
             decisions.append(made)
         return decisions
 
@@ -109,12 +110,12 @@ class RankedSitePass(SitePass):
             index, options.type, (site.fqn,), chosen.rule, before, before, full_rank=min(site.shape), keep=chosen.keep
         )
 
-    def decide(self, decision: Decision, site: Site, choice: Choice, curve: SiteCurve, terms: Terms) -> Decision:
+    def decide(self, decision: Decision, site: Site, choice: Choice, terms: Terms) -> Decision:
         """Put what was chosen for one site into its decision."""
         found = terms.spectrum(site.fqn)
         if choice.rank is None:
             return replace(decision, keep=choice.reason, notes=found.notes)
-        form = curve.form_at(choice.rank)
+        form = choice.form
         bias = site.bias is not None or found.mean is not None
         after, before = sketch(site, choice.rank, form, bias=bias), decision.before
         if after.bytes >= before.bytes:
