@@ -51,7 +51,7 @@ def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, data
     if absent:
         pytest.skip(f"skipped: the solver {', '.join(sorted(absent))} is not there yet")
     model = captured(bert if "onnx" in name else llama)
-    overrides = ["passes.0.round_to=8"] if name == "lord" else []  # no tiny layer has a rank of 128
+    overrides = {"lord": ["passes.0.round_to=8"], "size_mb": ["passes.0.rank.size_mb=0.04"]}.get(name, [])  # for a tiny model
     done = compile_to_folder(model.clone(), spec_of(name, data), overrides=overrides, output="out")
     done.raise_on_failure()
     plan = done.record.plan

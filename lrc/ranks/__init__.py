@@ -15,7 +15,17 @@ from lrc.ranks.base import (
     product_size,
     rank_policy,
 )
-from lrc.ranks.budgets import AllocateField, Allocation, ParamsKept, Setting, params_kept
+from lrc.ranks.budgets import (
+    AllocateField,
+    Allocation,
+    FlopsKept,
+    ParamsKept,
+    Setting,
+    SizeMb,
+    flops_kept,
+    params_kept,
+    size_mb,
+)
 from lrc.ranks.candidates import Candidates, Offer, Unit
 from lrc.ranks.policies import (
     BreakevenRank,
@@ -28,7 +38,15 @@ from lrc.ranks.policies import (
 )
 from lrc.spec.registry import RANKS, Rule
 
-BUILTIN: tuple[Rule[Any, Any], ...] = (fixed_rank, params_kept, energy_rank, fraction_rank, breakeven_rank)
+BUILTIN: tuple[Rule[Any, Any], ...] = (
+    fixed_rank,
+    params_kept,
+    size_mb,
+    flops_kept,
+    energy_rank,
+    fraction_rank,
+    breakeven_rank,
+)
 
 
 def allocate_ranks(
@@ -77,6 +95,7 @@ __all__ = [
     "Choice",
     "EnergyRank",
     "FixedRank",
+    "FlopsKept",
     "Form",
     "FractionRank",
     "Offer",
@@ -86,6 +105,7 @@ __all__ = [
     "RankPolicy",
     "Setting",
     "SiteCurve",
+    "SizeMb",
     "Times",
     "Unit",
     "allocate_ranks",

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar
 
 import torch
@@ -46,9 +46,9 @@ class SiteCurve:
     losses: loss at rank 0 … k, (k + 1,), float64, non-increasing, in the solver's unit; additive: in a unit that may be
     compared between layers. S: singular values in the solver's norm, (k,). bias: numbers of the dense layer's bias, which
     stay. extra: numbers that the rewritten layer has beyond its product and that bias (a bias that the dense one lacks).
-    index: what an index vector of the outputs takes, in numbers of the weight's dtype, `itemsize` bytes each. frees: bytes
-    that rewriting the site frees, None for those of the dense weight. rows: input rows per sample, all uses together.
-    times: what was measured, where a budget of time asks for it.
+    index: what an index vector of the outputs takes, in numbers of the weight's dtype, `itemsize` bytes each. now: what
+    the site costs as it is, beside its bias, in units where that is not what a dense weight costs. rows: input rows per
+    sample, all uses together. times: what was measured, where a budget of time asks for it.
     """
 
     name: str
@@ -62,7 +62,7 @@ class SiteCurve:
     index: float = 0.0
     additive: bool = True
     itemsize: int = 4
-    frees: int | None = None
+    now: Mapping[Unit, float] = field(default_factory=dict)
     rows: float = 1.0
     times: Times | None = None
 
@@ -118,17 +118,15 @@ class SiteCurve:
         return self._measured.at(form, ranks)
 
     def present(self, unit: Unit) -> float:
-        """Return what the site costs as it is, beside its bias."""
-        if unit == "numbers":
-            return self.dense_size
-        if unit == "bytes":
-            return self.dense_size * self.itemsize if self.frees is None else self.frees
+        """Return what the site costs as it is, beside its bias; the bytes are those that rewriting it frees."""
+        if unit == "ms":
+            return self._measured.present
         if unit == "flops":
-            return 2 * self.dense_size * self.rows
-        return self._measured.present
+            return self.now.get(unit, 2 * self.dense_size) * self.rows
+        return self.now.get(unit, self.dense_size * (self.itemsize if unit == "bytes" else 1))
 
     def fixed(self, unit: Unit) -> float:
-        """Return what the bias costs, which stays: its bytes are the rest of the model's, its time is in the product's."""
+        """Return what the bias costs, which stays: its bytes are with the rest of the model, its time in the measured one."""
         return {"numbers": self.bias, "flops": self.bias * self.rows}.get(unit, 0.0)
 
     @property

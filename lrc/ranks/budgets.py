@@ -55,22 +55,61 @@ def params_kept(curves: Sequence[SiteCurve], options: ParamsKept, setting: Setti
     return kept_share(curves, options, "params_kept", options.params_kept, setting)
 
 
+class SizeMb(BudgetPolicy):
+    """Keep the whole model within a size: the targets get what the rest of the model leaves."""
+
+    size_mb: float = Field(gt=0, description="stored bytes of the whole model, index vectors included, in MB of 1e6 bytes")
+    unit: ClassVar[Unit] = "bytes"
+
+
+@rank_policy(SizeMb)
+def size_mb(curves: Sequence[SiteCurve], options: SizeMb, setting: Setting) -> Allocation:
+    """Return a rank for every site such that the model stores at most `options.size_mb` million bytes.
+
+    setting.rest: bytes of everything beside the weights that the sites may free. Raises UsageError when not even the
+    smallest ranks fit.
+    """
+    sites = [curve.candidates("bytes", setting.round_to) for curve in curves]
+    amount = math.floor(options.size_mb * 1e6 + 1e-6) - setting.rest
+    least, whole = total_cost(sites, [0] * len(sites)), sum(float(site.costs[-1]) for site in sites)
+    if least > amount:
+        raise refusal("size_mb", (least + setting.rest) / 1e6, options.size_mb)
+    return share_out(sites, Budget(amount, min(1.0, amount / whole) if whole else 1.0), setting, "bytes")
+
+
+class FlopsKept(BudgetPolicy):
+    """Keep a fraction of the FLOPs of all targets together, at the shapes of the calibration (or `at`)."""
+
+    flops_kept: float = Field(gt=0, le=1, description="kept fraction of the targets' FLOPs, no unit")
+    unit: ClassVar[Unit] = "flops"
+
+
+@rank_policy(FlopsKept)
+def flops_kept(curves: Sequence[SiteCurve], options: FlopsKept, setting: Setting) -> Allocation:
+    """Return a rank for every site such that all together need at most `options.flops_kept` of the FLOPs they need now.
+
+    A site counts by its input rows per sample (a pooler sees one). A multiply-add counts 2, an added bias 1. Raises
+    UsageError when not even the smallest ranks fit.
+    """
+    return kept_share(curves, options, "flops_kept", options.flops_kept, setting)
+
+
 def kept_share(curves: Sequence[SiteCurve], options: RankPolicy, key: str, kept: float, setting: Setting) -> Allocation:
     """Share out a fraction of what all sites cost now in the unit of `options`."""
     sites = [curve.candidates(options.unit, setting.round_to) for curve in curves]
     fixed = sum(site.fixed for site in sites)
     whole = fixed + sum(float(site.costs[-1]) for site in sites)
-    amount = kept * whole
-    if options.unit != "ms":
-        amount = math.floor(amount + 1e-6)
+    amount = kept * whole * (1 + 1e-12)  # so that rounding does not refuse a share that is met exactly
     least = fixed + total_cost(sites, [0] * len(sites))
     if least > amount:
-        raise refusal(key, math.ceil(1e4 * least / whole) / 1e4, kept)
+        raise refusal(key, least / whole, kept)
     return share_out(sites, Budget(amount - fixed, kept), setting, options.unit)
 
 
 def refusal(key: str, least: float, got: float) -> UsageError:
-    """Return the error of a budget that not even the smallest ranks fit."""
+    """Return the error of a budget that not even the smallest ranks fit; it names one that they fit."""
+    digits = 10 ** (3 - math.floor(math.log10(least)))  # four of them, rounded up
+    least = math.ceil(least * digits) / digits
     return UsageError(f"rank.{key}", expected=f"at least {least:g} (the smallest ranks everywhere)", got=f"{got:g}")
 
 

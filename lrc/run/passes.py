@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 from pydantic import Field, field_validator
 
 from lrc.maps import LinearMap
+from lrc.measure.workload import Workload
 from lrc.program import Program
 from lrc.ranks import AllocateField, RankField
 from lrc.run.plan import Decision
@@ -59,6 +60,7 @@ class RankedOptions(PassOptions):
         default="auto", description="How a rank-r product is stored: r(m+n) or r(m+n-r) numbers; auto: the smaller."
     )
     round_to: int = Field(default=1, ge=1, description="Ranks are multiples of this.")
+    at: Workload = Field(default=Workload(), description="Shapes that a budget of FLOPs or time counts at.")
     tied: Literal["keep", "untie", "error"] = Field(
         default="keep",
         description="A weight that something else reads too (a head that shares the embedding): leave it dense, give the "
@@ -68,10 +70,11 @@ class RankedOptions(PassOptions):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A new map, with what the plan should say about it."""
+    """A new map, with what the plan should say about it. rank: where it is another one than was decided."""
 
     map: LinearMap
     notes: tuple[str, ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
 from lrc.ranks import Choice, allocate_ranks
+from lrc.run.budget import priced, rest_of, spent
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
@@ -90,9 +91,14 @@ class RankedSitePass(SitePass):
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
         terms = session.decompose(program, free, options)
-        curves = {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free}
-        found = allocate_ranks(list(curves.values()), options.rank, allocate=options.allocate, round_to=options.round_to)
-        session.notices += found.notes
+        curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
+        found = allocate_ranks(
+            list(curves.values()),
+            options.rank,
+            allocate=options.allocate,
+            round_to=options.round_to,
+            rest=rest_of(program, curves),
+        )
         before = in_groups(program, free) if compressed(options) else {}
         decisions = []
         for chosen in selected:
@@ -101,6 +107,7 @@ class RankedSitePass(SitePass):
                 made = replace(made, after_sites=before.get(chosen.fqn, ()))
                 made = self.decide(made, program.sites[chosen.fqn], found.choices[chosen.fqn], terms)
             decisions.append(made)
+        session.notices += [*found.notes, *spent(options, curves, decisions)]
         return decisions
 
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:
@@ -176,6 +183,8 @@ def carried_out(decision: Decision, made: Made) -> Decision:
     new, notes = (made.map, made.notes) if isinstance(made, Rewrite) else (made, ())
     after = summarize(new)
     form = None if decision.form is None else FORMS.get(after.text.split("[", 1)[0], decision.form)
+    if isinstance(made, Rewrite) and made.rank not in (None, decision.rank):
+        decision = replace(decision, rank=made.rank, predicted=None, unit=None)
     return replace(decision, after=after, form=form, notes=decision.notes + tuple(notes))
 
 

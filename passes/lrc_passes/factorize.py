@@ -7,6 +7,7 @@ W                 ->  Pivoted(P, Z)      the same product in r(m+n-r) numbers an
 %h = linear(%x, fc.A: f32[r, n]);  %y = linear(%h, fc.B: f32[m, r], fc.bias)
 """
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -38,11 +39,23 @@ def factorize(site: Site, statistics: Statistics, rank: int, options: Factorize)
     if isinstance(found, Refusal):
         if options.form == "pivoted":
             return Keep(f"no stable pivoted form at rank {rank}: {found.reason}")
-        return smaller(two_factor, site, rank, f"two factors in place of the pivoted form: {found.reason}")
+        return in_two_factors(site, statistics, rank, options, found.reason)
     made = Pivoted(found.P, found.Z, found.index, found.side, bias)
     if options.form == "auto" and two_factor.cost().bytes <= made.cost().bytes:  # the index outweighs what the form saves
         return smaller(two_factor, site, rank)
     return smaller(made, site, rank)
+
+
+def in_two_factors(site: Site, statistics: Statistics, rank: int, options: Factorize, reason: str) -> Rewrite | Keep:
+    """Return two factors in place of a pivoted form that is not stable; under a budget, of a rank that takes no more."""
+    note = f"two factors in place of the pivoted form: {reason}"
+    if options.rank.budget:
+        m, n = site.out_features, site.in_features
+        fits = max(1, rank * (m + n - rank) // (m + n))
+        rank = fits // options.round_to * options.round_to or fits
+    B, A, bias = statistics.decomposition.truncate(rank, site.dtype)
+    made = smaller(Chain(B, A, bias=bias), site, rank, note)
+    return made if isinstance(made, Keep) else replace(made, rank=rank)
 
 
 def smaller(made: LinearMap, site: Site, rank: int, *notes: str) -> Rewrite | Keep:

@@ -1,6 +1,7 @@
 """Curves of made-up sites, what is spent on them, and the best that could be had."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -43,6 +44,18 @@ def several(draw: st.DrawFn, least: int = 1) -> list[SiteCurve]:
             )
         )  # fmt: skip
     return made
+
+
+@st.composite
+def with_costs(draw: st.DrawFn, least: int = 1) -> list[SiteCurve]:
+    """Sites that differ in rows per sample, in the bytes of a number, and in what an index takes."""
+    itemsize = draw(st.sampled_from([2, 4]))
+    return [
+        replace(
+            site, rows=draw(st.sampled_from([1.0, 2.5, 128.0])), itemsize=itemsize, index=4 * site.out_features / itemsize
+        )
+        for site in draw(several(least))
+    ]  # fmt: skip
 
 
 def options_of(site: SiteCurve, round_to: int = 1) -> list[tuple[int | None, int, float]]:
