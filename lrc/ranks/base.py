@@ -17,6 +17,8 @@ from lrc.spec.registry import RANKS, Rule
 
 P = ParamSpec("P")
 R = TypeVar("R")
+MEASURED = 12
+NOISE = 0.03  # a measured gain that is smaller than this need not be one
 ProductForm = Literal["two_factor", "pivoted"]
 Form = Literal["auto", "two_factor", "pivoted"]
 
@@ -72,6 +74,11 @@ class SiteCurve:
         return self.out_features * self.in_features
 
     @property
+    def stored(self) -> float:
+        """Bytes of what stands there, beside its bias."""
+        return self.now.get("bytes", 0) or self.dense_size * self.itemsize
+
+    @property
     def full_rank(self) -> int:
         """The largest rank there is."""
         return min(self.out_features, self.in_features)
@@ -89,7 +96,8 @@ class SiteCurve:
     def candidates(self, unit: Unit, round_to: int = 1) -> Candidates:
         """Return the products that cost less than the site as it is, in multiples of `round_to`, and the site as it is.
 
-        A product that takes no fewer bytes than the dense weight is none, whatever its cost in another unit.
+        A product that takes no fewer bytes than what stands there is none, whatever its cost in another unit, nor is one whose
+        measured time is not below that of the site as it is, beyond noise.
         """
         ranks = torch.arange(0, min(len(self.losses) - 1, self.full_rank) + 1, round_to)[1:]
         pivots = torch.tensor([self.form_at(int(rank)) == "pivoted" for rank in ranks], dtype=torch.bool)
@@ -100,10 +108,11 @@ class SiteCurve:
         }
         offers = []
         for form, of_form in offered.items():
-            of_form = of_form[self.cost("bytes", form, of_form) < self.dense_size * self.itemsize]
+            of_form = of_form[self.cost("bytes", form, of_form) < self.stored]
             offers.append(Offer(form, of_form, self.cost(unit, form, of_form), self.losses.double()[of_form]))
+        below = self.present(unit) * (1 - NOISE if unit == "ms" else 1)
         kind = f"{re.sub(r'[0-9]+', '*', self.name)} {self.out_features} x {self.in_features}"
-        return Candidates.of(self.name, offers, self.present(unit), fixed=self.fixed(unit), kind=kind)
+        return Candidates.of(self.name, offers, self.present(unit), below=below, fixed=self.fixed(unit), kind=kind)
 
     def cost(self, unit: Unit, form: ProductForm, ranks: Tensor) -> Tensor:
         """Return what products of `ranks` (k,) in `form` cost beside the dense bias, (k,), float64."""
@@ -133,6 +142,21 @@ class SiteCurve:
     def _measured(self) -> Times:
         assert self.times is not None, "a budget of time needs measured times"
         return self.times
+
+
+def measured_ranks(curve: SiteCurve, form: ProductForm, round_to: int = 1) -> list[int]:
+    """Return the ranks at which products of a site are timed: some MEASURED of them, evenly spaced, and two smaller ones.
+
+    All are multiples of `round_to`, or of 8 where nothing is asked for: the sizes at which kernels run best. None needs as
+    many bytes as what stands there.
+    """
+    ranks = torch.arange(0, curve.full_rank + 1, round_to)[1:]
+    ranks = ranks[curve.cost("bytes", form, ranks) < curve.stored]
+    top = int(ranks[-1]) if len(ranks) else 0
+    grain = 8 if round_to == 1 and top >= 4 * MEASURED else round_to
+    step = max(1, math.ceil(top / MEASURED / grain)) * grain
+    smaller = [step // part for part in (4, 2) if step // part and step // part % grain == 0]
+    return [rank for rank in [*smaller, *range(step, top + 1, step)] if rank <= top]
 
 
 def product_size(out_features: int, in_features: int, rank: int, form: Form) -> int:

@@ -94,6 +94,49 @@ def flops_kept(curves: Sequence[SiteCurve], options: FlopsKept, setting: Setting
     return kept_share(curves, options, "flops_kept", options.flops_kept, setting)
 
 
+class LatencyKept(BudgetPolicy):
+    """Keep a fraction of the time that all targets together take on this device, at the calibration's shapes (or `at`)."""
+
+    latency_kept: float = Field(gt=0, le=1, description="kept fraction of the targets' measured time, no unit")
+    unit: ClassVar[Unit] = "ms"
+
+
+@rank_policy(LatencyKept)
+def latency_kept(curves: Sequence[SiteCurve], options: LatencyKept, setting: Setting) -> Allocation:
+    """Return a rank for every site such that the measured times add up to at most `options.latency_kept` of those of now.
+
+    A site gets no rank whose measured time is not below its own. Raises UsageError when not even the fastest ranks fit.
+    """
+    return kept_share(curves, options, "latency_kept", options.latency_kept, setting)
+
+
+class LatencyMs(BudgetPolicy):
+    """Keep the time of all targets together within an amount, on this device, at the calibration's shapes (or `at`)."""
+
+    latency_ms: float = Field(gt=0, description="measured time of all targets together, in ms")
+    unit: ClassVar[Unit] = "ms"
+
+
+@rank_policy(LatencyMs)
+def latency_ms(curves: Sequence[SiteCurve], options: LatencyMs, setting: Setting) -> Allocation:
+    """Return a rank for every site such that the measured times add up to at most `options.latency_ms`.
+
+    A site gets no rank whose measured time is not below its own. Raises UsageError when not even the fastest ranks fit.
+    """
+    return within_amount(curves, options, "latency_ms", options.latency_ms, setting)
+
+
+def within_amount(curves: Sequence[SiteCurve], options: RankPolicy, key: str, amount: float, setting: Setting) -> Allocation:
+    """Share out an amount in the unit of `options`."""
+    sites = [curve.candidates(options.unit, setting.round_to) for curve in curves]
+    fixed = sum(site.fixed for site in sites)
+    whole = fixed + sum(float(site.costs[-1]) for site in sites)
+    least = fixed + total_cost(sites, [0] * len(sites))
+    if least > amount:
+        raise refusal(key, least, amount)
+    return share_out(sites, Budget(amount - fixed, min(1.0, amount / whole) if whole else 1.0), setting, options.unit)
+
+
 def kept_share(curves: Sequence[SiteCurve], options: RankPolicy, key: str, kept: float, setting: Setting) -> Allocation:
     """Share out a fraction of what all sites cost now in the unit of `options`."""
     sites = [curve.candidates(options.unit, setting.round_to) for curve in curves]
@@ -110,7 +153,8 @@ def refusal(key: str, least: float, got: float) -> UsageError:
     """Return the error of a budget that not even the smallest ranks fit; it names one that they fit."""
     digits = 10 ** (3 - math.floor(math.log10(least)))  # four of them, rounded up
     least = math.ceil(least * digits) / digits
-    return UsageError(f"rank.{key}", expected=f"at least {least:g} (the smallest ranks everywhere)", got=f"{got:g}")
+    which = "fastest" if key.startswith("latency") else "smallest"
+    return UsageError(f"rank.{key}", expected=f"at least {least:g} (the {which} ranks everywhere)", got=f"{got:g}")
 
 
 ALLOCATORS: dict[Allocator, Callable[[Sequence[Candidates], Budget], list[int]]] = {

@@ -38,8 +38,20 @@ class Candidates:
     kind: str = ""
 
     @classmethod
-    def of(cls, name: str, offers: Sequence[Offer], present: float, *, fixed: float = 0.0, kind: str = "") -> "Candidates":
-        """Sort offers of any forms; those that another one beats in cost and loss, or that cost `present` or more, go."""
+    def of(
+        cls,
+        name: str,
+        offers: Sequence[Offer],
+        present: float,
+        *,
+        below: float | None = None,
+        fixed: float = 0.0,
+        kind: str = "",
+    ) -> "Candidates":
+        """Sort offers of any forms; those that another one beats in cost and loss go, and those that cost too much.
+
+        present: what the site costs as it is; an offer must cost less than `below`, without it than `present`.
+        """
         made = [offer for offer in offers if len(offer.ranks)]
         forms = [offer.form for offer in made for _ in offer.ranks]
         ranks = torch.cat([torch.empty(0, dtype=torch.int64), *(offer.ranks for offer in made)])
@@ -47,7 +59,7 @@ class Candidates:
         losses = torch.cat([torch.empty(0, dtype=torch.float64), *(offer.losses for offer in made)])
         order = losses.argsort(stable=True)
         order = order[costs[order].argsort(stable=True)]  # by cost, of equal ones the least loss first
-        order = order[costs[order] < present]
+        order = order[costs[order] < (present if below is None else below)]
         if len(order) > 1:
             least = losses[order].cummin(0)[0]
             order = order[torch.cat([torch.ones(1, dtype=torch.bool), losses[order][1:] < least[:-1]])]

@@ -6,20 +6,72 @@ from typing import Any
 
 import torch
 
-from lrc.measure.workload import rows_per_sample, shapes_at
-from lrc.program import Program
-from lrc.ranks import SiteCurve, Unit
+from lrc.maps import Structure, chain_structure, pivoted_structure
+from lrc.measure import digest
+from lrc.measure.operators import BASELINE, measure_operators
+from lrc.measure.workload import Shapes, rows_per_sample, rows_per_use, shapes_at, typical
+from lrc.program import Program, Site
+from lrc.ranks import SiteCurve, Times, Unit, measured_ranks
 from lrc.run.plan import Decision
 from lrc.run.session import Session
 
+BUILDERS = {"two_factor": chain_structure, "pivoted": pivoted_structure}
+Table = dict[str, float]
+
 
 def priced(program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve]) -> dict[str, SiteCurve]:
-    """Return the curves with what the unit of the budget asks for: rows per sample for FLOPs."""
-    if unit_of(options) != "flops":
-        return dict(curves)
-    shapes = shapes_at(program, session.samples(program), options.at)
-    sites = program.sites
-    return {fqn: replace(curve, rows=rows_per_sample(program, sites[fqn], shapes)) for fqn, curve in curves.items()}
+    """Return the curves with what the unit of the budget asks for: rows per sample, or times on this device."""
+    unit, sites = unit_of(options), program.sites
+    if unit == "flops":
+        shapes = shapes_at(program, session.samples(program), options.at)
+        return {fqn: replace(curve, rows=rows_per_sample(program, sites[fqn], shapes)) for fqn, curve in curves.items()}
+    if unit == "ms":
+        at = typical(shapes_at(program, session.samples(program), options.at))
+        return timed(program, session, options, curves, at)
+    return dict(curves)
+
+
+def timed(
+    program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve], at: Shapes
+) -> dict[str, SiteCurve]:
+    """Return the curves with the time of each site at the shapes `at`; sites that are alike are measured once."""
+    device = next(iter(program.tensors().values())).device
+    wanted: dict[str, tuple[dict[str, Structure], int, torch.dtype]] = {}
+    uses: dict[str, list[str]] = {}
+    for fqn, curve in curves.items():
+        site = program.sites[fqn]
+        structures = operators(site, curve, options.round_to)
+        for rows in rows_per_use(program, site, at):
+            key = digest(structures, rows, site.dtype)
+            wanted[key] = (structures, rows, site.dtype)
+            uses.setdefault(fqn, []).append(key)
+    tables = {
+        key: measure_operators(session.cache, structures, rows, dtype=dtype, device=device)
+        for key, (structures, rows, dtype) in session.track("time", wanted.items())
+    }
+    return {fqn: replace(curve, times=together([tables[key] for key in uses[fqn]])) for fqn, curve in curves.items()}
+
+
+def operators(site: Site, curve: SiteCurve, round_to: int) -> dict[str, Structure]:
+    """Return what is measured for a site, by name: what stands there, and products of some ranks in the forms asked for."""
+    found = {BASELINE: site.map.structure()}
+    for form, build in BUILDERS.items():
+        if curve.form in ("auto", form):
+            for rank in measured_ranks(curve, form, round_to):  # type: ignore[arg-type]  # of the two forms
+                bias = bool(curve.bias or curve.extra)
+                found[f"{form} {rank}"] = build(curve.out_features, rank, curve.in_features, bias=bias)
+    return found
+
+
+def together(tables: list[Table]) -> Times:
+    """Return the summed times of all uses of a site."""
+    total = {name: sum(table[name] for table in tables) for name in tables[0]}
+    products: dict[str, dict[int, float]] = {}
+    for name, ms in total.items():
+        if name != BASELINE:
+            form, rank = name.split()
+            products.setdefault(form, {})[int(rank)] = ms
+    return Times(total[BASELINE], products)
 
 
 def unit_of(options: Any) -> Unit | None:
@@ -33,16 +85,27 @@ def rest_of(program: Program, curves: Mapping[str, SiteCurve]) -> int:
     return program.size()[1] - int(sum(curve.present("bytes") for curve in curves.values()))
 
 
+def with_latency(options: Any, curves: Mapping[str, SiteCurve], decision: Decision) -> Decision:
+    """Return a decision with its measured times, where the budget is one of time."""
+    if unit_of(options) != "ms" or decision.name not in curves:
+        return decision
+    return replace(decision, latency=costs(curves[decision.name], "ms", decision))
+
+
 def spent(options: Any, curves: Mapping[str, SiteCurve], decisions: Iterable[Decision]) -> list[str]:
-    """Return a line for the plan on what no other line of it shows: FLOPs per sample."""
-    if unit_of(options) != "flops":
+    """Return a line for the plan on what no other line of it shows: FLOPs per sample, or time."""
+    unit = unit_of(options)
+    if unit not in ("flops", "ms"):
         return []
     before = after = 0.0
     for d in decisions:
         if d.name in curves:
-            was, now = costs(curves[d.name], "flops", d)
+            was, now = costs(curves[d.name], unit, d)
             before, after = before + was, after + now
-    return [f"FLOPs of the targets: {before:.4g} → {after:.4g} per sample ({after / max(before, 1):.1%} kept)"]
+    kept = f"({after / before:.1%} kept)" if before else ""
+    if unit == "flops":
+        return [f"FLOPs of the targets: {before:.4g} → {after:.4g} per sample {kept}"]
+    return [f"predicted latency of the targets: {before:.3g} → {after:.3g} ms {kept}, by operators timed on this device"]
 
 
 def costs(curve: SiteCurve, unit: Unit, decision: Decision) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
 from lrc.ranks import Choice, allocate_ranks
-from lrc.run.budget import priced, rest_of, spent
+from lrc.run.budget import priced, rest_of, spent, with_latency
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
@@ -108,7 +108,7 @@ class RankedSitePass(SitePass):
                 made = self.decide(made, program.sites[chosen.fqn], found.choices[chosen.fqn], terms)
             decisions.append(made)
         session.notices += [*found.notes, *spent(options, curves, decisions)]
-        return decisions
+        return [with_latency(options, curves, d) for d in decisions]
 
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:
         """Return a decision that changes nothing, with the reason why the site is out of the question, if it is."""
@@ -145,7 +145,7 @@ class RankedSitePass(SitePass):
                 assert rank is not None, "a ranked decision that is not kept has a rank"
                 seen = moments(site.fqn)
                 terms = session.solve(site, seen, options, rank)
-                made = self.call(site, options, Statistics(seen, terms), rank)
+                made = self.call(site, in_form(options, d), Statistics(seen, terms), rank)
                 done[d.name] = put(program, d, made)
         else:
             by_name = {d.sites[0]: d for d in work}
@@ -153,7 +153,8 @@ class RankedSitePass(SitePass):
 
             def make(fqn: str) -> tuple[str, Made]:
                 statistics = Statistics(terms=stored.full(fqn))
-                return fqn, self.call(program.sites[fqn], options, statistics, by_name[fqn].rank)
+                d = by_name[fqn]
+                return fqn, self.call(program.sites[fqn], in_form(options, d), statistics, d.rank)
 
             solved = session.track(options.type, solve_all(list(by_name), make, session.workers), len(by_name))
             made_by_name = dict(solved)
@@ -166,6 +167,11 @@ class RankedSitePass(SitePass):
 def compressed(options: Any) -> bool:
     """Say whether later sites are solved behind the already compressed earlier ones."""
     return getattr(options.solver, "propagate", "dense") == "compressed"
+
+
+def in_form(options: Any, decision: Decision) -> Any:
+    """Return the options with two factors as the form where that was decided: the smaller form may be the slower one."""
+    return options.model_copy(update={"form": "two_factor"}) if decision.form == "two_factor" else options
 
 
 def put(program: Program, decision: Decision, made: Made) -> Decision:
