@@ -46,13 +46,13 @@ from lrc.spec.registry import RANKS, Rule
 BUILTIN: tuple[Rule[Any, Any], ...] = (
     fixed_rank,
     params_kept,
+    energy_rank,
+    fraction_rank,
+    breakeven_rank,
     size_mb,
     flops_kept,
     latency_kept,
     latency_ms,
-    energy_rank,
-    fraction_rank,
-    breakeven_rank,
 )
 
 

@@ -53,8 +53,9 @@ class RankedOptions(PassOptions):
     rank: RankField = Field(description="A rank for every site, or one budget over all of them.")
     allocate: AllocateField = Field(
         default="auto",
-        description="How a budget over all targets is shared: by marginal loss per parameter, or equally; auto: global where "
-        "the solver's losses may be compared between layers (kfac), else uniform.",
+        description="How a budget over all targets is shared: by marginal loss per cost (global), to the least loss by integer "
+        "programming (exact), equally (uniform), or by the inverse logarithm of the loss (loss_log_inverse); auto: global "
+        "where the solver's losses may be compared between layers (kfac), else uniform.",
     )
     form: Literal["auto", "two_factor", "pivoted"] = Field(
         default="auto", description="How a rank-r product is stored: r(m+n) or r(m+n-r) numbers; auto: the smaller."

@@ -200,3 +200,23 @@ def test_the_command_refuses_an_impossible_budget_with_exit_code_2(cli: tiny.Run
     answer = cli("plan", spec, bert, "passes.0.rank={size_mb: 0.001}")
     assert answer.code == 2
     assert "rank.size_mb: expected at least 0.0" in answer.error
+
+
+# Allocators.
+
+
+@pytest.mark.parametrize("rank", [{"params_kept": 0.5}, {"size_mb": 0.002}, {"flops_kept": 0.5}])
+def test_exact_predicts_no_more_loss_than_global_and_global_no_more_than_uniform(rank: Any, compiled: Compile) -> None:
+    done = {name: compiled(solver="kfac", rank=rank, allocate=name) for name in ("exact", "global", "uniform")}
+    losses = {name: sum(d.predicted or 0 for d in made.plan.decisions) for name, made in done.items()}
+    assert losses["exact"] <= losses["global"] <= losses["uniform"]
+    assert "exact allocation: solved, within 0.00% of the least loss on its grid" in done["exact"].report
+
+
+def test_shares_by_the_inverse_logarithm_stay_within_the_budget(llama: Path, data: Path, in_tmp: Path) -> None:
+    spec = tiny.factorize(
+        targets=[tiny.LAYERS], solver="whitened", rank={"params_kept": 0.5}, allocate="loss_log_inverse", form="two_factor"
+    ) | {"calibration": {"dataset": str(data / "stream.txt"), "samples": 8, "max_length": 12}}
+    plan = lrc.compile(str(llama), spec).plan
+    before, after = (sum(getattr(d, side).parameters for d in plan.decisions) for side in ("before", "after"))
+    assert 0.3 * before < after <= 0.5 * before
