@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def _in_tmp(in_tmp: Path, checked_here: None) -> None:
 def _times_like_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make times up: on a tiny layer the overhead of a second call outweighs every gain."""
 
-    def measure(cache: Any, structures: Any, rows: int, **_: Any) -> dict[str, float]:
-        return {name: restore(structure).cost(rows).flops / 1e6 for name, structure in structures.items()}
+    def measure(cache: Any, structures: Any, sizes: tuple[int, ...], **_: Any) -> dict[str, float]:
+        return {name: restore(structure).cost(prod(sizes)).flops / 1e6 for name, structure in structures.items()}
 
     monkeypatch.setattr("lrc.run.budget.measure_operators", measure)
 

@@ -23,44 +23,49 @@ Clock = Callable[[], float]
 def measure_operators(
     cache: Cache,
     structures: Mapping[str, Structure],
-    rows: int,
+    sizes: tuple[int, ...],
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     clock: Clock | None = None,
 ) -> dict[str, float]:
-    """Return the ms that a map of each structure takes for `rows` input rows; all share in_features.
+    """Return the ms that a map of each structure takes for an input of (*sizes, in_features), which all share.
 
     structures: one of them is called "present"; the others are told by the median over rounds of their ratio to it, in one
     interleaved run, so that a slow spell of the machine does not favour any. Maps get random numbers. clock: seconds, that of
-    `clock_for` without it. Found in the cache by structures, rows, dtype, device, threads and torch version.
+    `clock_for` without it. Found in the cache by structures, sizes, dtype, device, threads and torch version.
     """
     device = torch.device(device)
-    key = f"{digest('operators-1', structures, rows, dtype, *place(device))}-times"
+    key = f"{digest('operators-1', structures, sizes, dtype, *place(device))}-times"
     stored = cache.get(key)
     if stored is None:
-        found = timed(structures, rows, dtype, device, clock or clock_for(device))
+        found = timed(structures, sizes, dtype, device, clock or clock_for(device))
         stored = {name: torch.tensor([ms], dtype=torch.float64) for name, ms in found.items()}
         cache.put(key, stored)
     return {name: float(ms) for name, ms in stored.items()}
 
 
 def timed(
-    structures: Mapping[str, Structure], rows: int, dtype: torch.dtype, device: torch.device, clock: Clock
+    structures: Mapping[str, Structure], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, clock: Clock
 ) -> dict[str, float]:
-    """Time the maps now, in ms. Slow ones get fewer rounds."""
+    """Time the maps now, in ms. Slow ones get fewer rounds.
+
+    The leading sizes are those of the model: a gather along the last of three dimensions is not the one along two.
+    """
     generator = torch.Generator().manual_seed(0)
     maps = {name: random_map(structure, dtype, device, generator) for name, structure in structures.items()}
     features = maps[BASELINE].in_features
-    x = torch.randn(rows, features, generator=generator).to(dtype).to(device)
+    x = torch.randn(*sizes, features, generator=generator).to(dtype).to(device)
     with torch.inference_mode():
         calls = {name: _call(made, x, device) for name, made in maps.items()}
+        edge = _call(random_map(structures[BASELINE], dtype, device, generator), x, device)
+        calls = {"first": edge, **calls, "last": edge}  # rounds turn back there: the map at an edge would find its own cache
         trial = measure_latency(calls, rounds=3, warmup=2, clock=clock)
         one = sum(times.median for times in trial.values())
         rounds = min(max(math.ceil(SECONDS / max(one, 1e-9)), ROUNDS[0]), ROUNDS[1])
         found = measure_latency(calls, rounds=rounds, warmup=1, clock=clock)
     present = found[BASELINE]
-    return {name: 1e3 * present.median / speedup(present, times) for name, times in found.items()}
+    return {name: 1e3 * present.median / speedup(present, found[name]) for name in structures}
 
 
 def clock_for(device: torch.device) -> Clock:

@@ -67,18 +67,18 @@ def samples_in(program: Program, shapes: Shapes) -> int:
     return first[0] if first else 1
 
 
-def rows_per_use(program: Program, site: Site, shapes: Shapes) -> tuple[int, ...]:
-    """Return the rows of the input of every use of a site, for inputs of these shapes.
+def sizes_per_use(program: Program, site: Site, shapes: Shapes) -> tuple[tuple[int, ...], ...]:
+    """Return the leading sizes of the input of every use of a site, for inputs of these shapes.
 
-    Raises SiteError where the number depends on the data, or was not traced.
+    Raises SiteError where one depends on the data, or was not traced.
     """
     bound = _bound(program, shapes)
-    return tuple(_rows(program.nodes[use.input], bound, site.fqn) for use in site.uses)
+    return tuple(_sizes(program.nodes[use.input], bound, site.fqn) for use in site.uses)
 
 
 def rows_per_sample(program: Program, site: Site, shapes: Sequence[Shapes]) -> float:
     """Return the rows that all uses of a site see for one sample, over several batches."""
-    rows = sum(sum(rows_per_use(program, site, of_batch)) for of_batch in shapes)
+    rows = sum(sum(map(prod, sizes_per_use(program, site, of_batch))) for of_batch in shapes)
     return rows / sum(samples_in(program, of_batch) for of_batch in shapes)
 
 
@@ -93,11 +93,11 @@ def _bound(program: Program, shapes: Shapes) -> dict[Any, int]:
     return bound
 
 
-def _rows(node: fx.Node, bound: Mapping[Any, int], fqn: str) -> int:
+def _sizes(node: fx.Node, bound: Mapping[Any, int], fqn: str) -> tuple[int, ...]:
     traced = node.meta.get("val")
     if not isinstance(traced, Tensor):
         raise SiteError(fqn, message="the shape of its input was not traced", hint="Choose a budget of parameters or size")
-    rows = 1
+    sizes = []
     for size in traced.shape[:-1]:
         value = size.node.expr.subs(bound) if isinstance(size, torch.SymInt) else size
         if not isinstance(value, int) and not value.is_Integer:
@@ -106,5 +106,5 @@ def _rows(node: fx.Node, bound: Mapping[Any, int], fqn: str) -> int:
                 message=f"how many rows it sees depends on the data ({size})",
                 hint="Choose a budget of parameters or size, or ignore the site",
             )
-        rows *= int(value)
-    return rows
+        sizes.append(int(value))
+    return tuple(sizes)

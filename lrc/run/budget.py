@@ -5,11 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from scipy.optimize import isotonic_regression
 
 from lrc.maps import Structure, chain_structure, pivoted_structure
 from lrc.measure import digest
 from lrc.measure.operators import BASELINE, measure_operators
-from lrc.measure.workload import Shapes, rows_per_sample, rows_per_use, shapes_at, typical
+from lrc.measure.workload import Shapes, rows_per_sample, shapes_at, sizes_per_use, typical
 from lrc.program import Program, Site
 from lrc.ranks import SiteCurve, Times, Unit, measured_ranks
 from lrc.run.plan import Decision
@@ -17,6 +18,12 @@ from lrc.run.session import Session
 
 BUILDERS = {"two_factor": chain_structure, "pivoted": pivoted_structure}
 Table = dict[str, float]
+
+
+def check_shapes(program: Program, session: Session, options: Any) -> None:
+    """Raise UsageError for shapes that the program does not take, before anything is measured or decomposed."""
+    if unit_of(options) in ("flops", "ms"):
+        shapes_at(program, [program.inputs.examples], options.at)
 
 
 def priced(program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve]) -> dict[str, SiteCurve]:
@@ -36,18 +43,18 @@ def timed(
 ) -> dict[str, SiteCurve]:
     """Return the curves with the time of each site at the shapes `at`; sites that are alike are measured once."""
     device = next(iter(program.tensors().values())).device
-    wanted: dict[str, tuple[dict[str, Structure], int, torch.dtype]] = {}
+    wanted: dict[str, tuple[dict[str, Structure], tuple[int, ...], torch.dtype]] = {}
     uses: dict[str, list[str]] = {}
     for fqn, curve in curves.items():
         site = program.sites[fqn]
         structures = operators(site, curve, options.round_to)
-        for rows in rows_per_use(program, site, at):
-            key = digest(structures, rows, site.dtype)
-            wanted[key] = (structures, rows, site.dtype)
+        for sizes in sizes_per_use(program, site, at):
+            key = digest(structures, sizes, site.dtype)
+            wanted[key] = (structures, sizes, site.dtype)
             uses.setdefault(fqn, []).append(key)
     tables = {
-        key: measure_operators(session.cache, structures, rows, dtype=dtype, device=device)
-        for key, (structures, rows, dtype) in session.track("time", wanted.items())
+        key: measure_operators(session.cache, structures, sizes, dtype=dtype, device=device)
+        for key, (structures, sizes, dtype) in session.track("time", wanted.items())
     }
     return {fqn: replace(curve, times=together([tables[key] for key in uses[fqn]])) for fqn, curve in curves.items()}
 
@@ -64,13 +71,21 @@ def operators(site: Site, curve: SiteCurve, round_to: int) -> dict[str, Structur
 
 
 def together(tables: list[Table]) -> Times:
-    """Return the summed times of all uses of a site."""
+    """Return the summed times of all uses of a site.
+
+    Of one form, a larger rank takes no less time: what the measured times say otherwise is noise, which the closest rising
+    ones leave out.
+    """
     total = {name: sum(table[name] for table in tables) for name in tables[0]}
     products: dict[str, dict[int, float]] = {}
     for name, ms in total.items():
         if name != BASELINE:
             form, rank = name.split()
             products.setdefault(form, {})[int(rank)] = ms
+    for form, of_form in products.items():
+        ranks = sorted(of_form)
+        rising = isotonic_regression([of_form[rank] for rank in ranks]).x
+        products[form] = dict(zip(ranks, map(float, rising), strict=True))
     return Times(total[BASELINE], products)
 
 

@@ -13,7 +13,7 @@ from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
 from lrc.ranks import Choice, allocate_ranks
-from lrc.run.budget import priced, rest_of, spent, with_latency
+from lrc.run.budget import check_shapes, priced, rest_of, spent, with_latency
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
@@ -90,6 +90,7 @@ class RankedSitePass(SitePass):
         options = settled(program, options)
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
+        check_shapes(program, session, options)
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
         found = allocate_ranks(

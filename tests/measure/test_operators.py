@@ -56,7 +56,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def measured(machine: Machine, folder: Path, rows: int = 2, **options: Any) -> dict[str, float]:
-    return measure_operators(Cache(folder), STRUCTURES, rows, clock=machine.clock, **options)
+    return measure_operators(Cache(folder), STRUCTURES, (rows,), clock=machine.clock, **options)
 
 
 def test_times_are_in_ms(machine: Machine, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_timed_maps_hold_ordinary_numbers(structure: dict[str, Any], dtype: torc
 
 
 def test_real_operators_have_real_times(tmp_path: Path) -> None:
-    found = measure_operators(Cache(tmp_path), STRUCTURES, 4)
+    found = measure_operators(Cache(tmp_path), STRUCTURES, (2, 4))
     assert set(found) == set(STRUCTURES)
     assert all(0 < ms < math.inf for ms in found.values())
-    assert measure_operators(Cache(tmp_path), STRUCTURES, 4) == found
+    assert measure_operators(Cache(tmp_path), STRUCTURES, (2, 4)) == found

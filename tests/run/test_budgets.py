@@ -16,7 +16,7 @@ import lrc
 from lrc.api import compile_to_folder
 from lrc.errors import UsageError
 from lrc.maps import Chain
-from lrc.measure.workload import Workload, rows_per_sample, rows_per_use, samples_in, shapes_at, typical
+from lrc.measure.workload import Workload, rows_per_sample, samples_in, shapes_at, sizes_per_use, typical
 from lrc.program import Program
 from lrc.run.flops import count_flops
 from lrc.solvers import Refusal
@@ -66,8 +66,8 @@ def test_rows_are_counted_for_every_site_and_use() -> None:
     program = lrc.capture(reader(), reader_inputs())
     shapes = shapes_at(program, [reader_inputs(), reader_inputs(2)], Workload())
     assert [samples_in(program, of_batch) for of_batch in shapes] == [ROWS, 2]
-    assert rows_per_use(program, program.sites["tokens"], shapes[0]) == (ROWS * LENGTH,)
-    assert rows_per_use(program, program.sites["twice"], shapes[1]) == (2 * LENGTH, 2 * LENGTH)
+    assert sizes_per_use(program, program.sites["tokens"], shapes[0]) == ((ROWS, LENGTH),)
+    assert sizes_per_use(program, program.sites["twice"], shapes[1]) == ((2, LENGTH), (2, LENGTH))
     found = {fqn: rows_per_sample(program, site, shapes) for fqn, site in program.sites.items()}
     assert found == {"tokens": LENGTH, "twice": 2 * LENGTH, "pooler": 1}
     assert typical(shapes) == shapes[0]
@@ -78,19 +78,19 @@ def test_rows_are_those_that_a_run_sees(name: str, captured: Callable[[str], Cap
     program = captured(name).program
     batch = {key: value[:1].expand(3, -1)[:, :5] for key, value in program.inputs.examples.items()}
     (shapes,) = shapes_at(program, [batch], Workload())
-    seen: dict[str, int] = {}
+    seen: dict[str, tuple[int, ...]] = {}
 
     class Watch(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
             value = super().run_node(n)
             if isinstance(value, Tensor):
-                seen[n.name] = value[..., 0].numel() if value.ndim else 1
+                seen[n.name] = tuple(value.shape[:-1])
             return value
 
     with torch.no_grad():
         Watch(program.graph_module).run(*program.inputs.fill(batch).values())
     for site in program.sites.values():
-        assert rows_per_use(program, site, shapes) == tuple(seen[use.input] for use in site.uses)
+        assert sizes_per_use(program, site, shapes) == tuple(seen[use.input] for use in site.uses)
 
 
 def test_shapes_that_are_asked_for_take_the_place_of_the_calibration(captured: Callable[[str], Captured]) -> None:
@@ -117,6 +117,15 @@ def test_the_flops_of_the_result_are_within_the_budget_and_use_it(kept: float, f
     assert (
         f"FLOPs of the targets: {before / ROWS:.4g} → {after / ROWS:.4g} per sample ({after / before:.1%} kept)" in done.report
     )
+
+
+def test_shapes_that_the_model_does_not_take_are_refused_before_anything_is_decomposed(
+    compiled: Compile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrc.run.session.Session.decompose", lambda *_: pytest.fail("decomposed"))
+    with pytest.raises(UsageError, match=r"at\.length: the captured graph has no dynamic sequence") as caught:
+        compiled(rank={"flops_kept": 0.5}, at={"length": 8})
+    assert caught.value.exit_code == 2
 
 
 def test_a_pooler_that_sees_one_row_keeps_more_where_flops_count_and_a_weight_used_twice_less(tmp_path: Path) -> None:

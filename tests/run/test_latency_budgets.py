@@ -1,6 +1,7 @@
 """Budgets of time on tiny models: operator times are made up, so that every figure is known."""
 
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,22 @@ import torch
 import lrc
 from lrc.errors import UsageError
 from lrc.maps import Chain, Pivoted, restore
+from lrc.run.budget import together
 from lrc.run.plan import Plan
 
 Compile = Callable[..., lrc.Compiled]
-Asked = list[tuple[str, int]]
+Asked = list[tuple[str, tuple[int, ...]]]
 OVERHEAD = {"dense": 0.0, "chain": 0.1, "pivoted": 0.1}
 
 
 def made_up(overhead: Mapping[str, float], asked: Asked) -> Callable[..., dict[str, float]]:
     """Times that are the FLOPs of a map, in thousands, and what its kind takes besides."""
 
-    def measure(cache: Any, structures: Mapping[str, Any], rows: int, **_: Any) -> dict[str, float]:
-        asked.append((str(structures["present"]["shape"]), rows))
+    def measure(cache: Any, structures: Mapping[str, Any], sizes: tuple[int, ...], **_: Any) -> dict[str, float]:
+        asked.append((str(structures["present"]["shape"]), sizes))
         with torch.device("meta"):
             return {
-                name: restore(structure).cost(rows).flops / 1e3 + overhead[structure["map"]]
+                name: restore(structure).cost(prod(sizes)).flops / 1e3 + overhead[structure["map"]]
                 for name, structure in structures.items()
             }
 
@@ -95,10 +97,10 @@ def test_layers_that_no_rank_makes_faster_stay(compiled: Compile, monkeypatch: p
 def test_times_are_of_the_middle_calibration_batch_or_of_the_shapes_that_are_asked_for(compiled: Compile, asked: Asked) -> None:
     batches = [{"x": tiny.mlp_inputs(rows)} for rows in (4, 16, 32)]
     compiled(rank={"latency_kept": 0.7}, calibration=batches)
-    assert {rows for _, rows in asked} == {16}
+    assert {sizes for _, sizes in asked} == {(16,)}
     asked.clear()
     compiled(rank={"latency_kept": 0.7}, calibration=batches, at={"batch": 5})
-    assert sorted(asked) == [("[10, 16]", 5), ("[16, 20]", 5), ("[20, 12]", 5)]
+    assert sorted(asked) == [("[10, 16]", (5,)), ("[16, 20]", (5,)), ("[20, 12]", (5,))]
 
 
 def test_sites_that_are_alike_are_measured_once(llama: Path, data: Path, asked: Asked, in_tmp: Path) -> None:
@@ -107,13 +109,20 @@ def test_sites_that_are_alike_are_measured_once(llama: Path, data: Path, asked: 
     }
     done = lrc.compile(str(llama), spec)
     assert len(done.plan.decisions) == 7
-    assert sorted(asked) == [("[16, 32]", 20), ("[32, 32]", 20), ("[32, 48]", 20), ("[48, 32]", 20)]
+    assert sorted(asked) == [(shape, (2, 10)) for shape in ("[16, 32]", "[32, 32]", "[32, 48]", "[48, 32]")]
 
 
 @pytest.mark.parametrize("round_to", [2, 4])
 def test_ranks_of_a_latency_are_multiples(round_to: int, compiled: Compile, asked: Asked) -> None:
     done = compiled(rank={"latency_kept": 0.8}, round_to=round_to, form="two_factor")
     assert all(d.rank is None or d.rank % round_to == 0 for d in done.plan.decisions)
+
+
+def test_times_of_all_uses_add_up_and_rise_with_the_rank() -> None:
+    table = {"present": 5.0, "two_factor 8": 2.0, "two_factor 16": 4.0, "two_factor 24": 3.0, "pivoted 8": 1.0}
+    found = together([table, {name: 2 * ms for name, ms in table.items()}])
+    assert found.present == 15.0
+    assert found.products == {"two_factor": {8: 6.0, 16: 10.5, 24: 10.5}, "pivoted": {8: 3.0}}
 
 
 def test_real_times_give_a_plan(compiled: Compile) -> None:
