@@ -3,8 +3,35 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lrc.ranks.allocate import ParamsKept, params_kept
-from lrc.ranks.base import Choice, FixedRank, Form, RankField, RankPolicy, SiteCurve, product_size, rank_policy
+from lrc.ranks.base import (
+    Choice,
+    FixedRank,
+    Form,
+    ProductForm,
+    RankField,
+    RankPolicy,
+    SiteCurve,
+    Times,
+    measured_ranks,
+    product_size,
+    rank_policy,
+)
+from lrc.ranks.budgets import (
+    AllocateField,
+    Allocation,
+    FlopsKept,
+    LatencyKept,
+    LatencyMs,
+    ParamsKept,
+    Setting,
+    SizeMb,
+    flops_kept,
+    latency_kept,
+    latency_ms,
+    params_kept,
+    size_mb,
+)
+from lrc.ranks.candidates import Candidates, Offer, Unit
 from lrc.ranks.policies import (
     BreakevenRank,
     EnergyRank,
@@ -16,21 +43,41 @@ from lrc.ranks.policies import (
 )
 from lrc.spec.registry import RANKS, Rule
 
-BUILTIN: tuple[Rule[Any, Any], ...] = (fixed_rank, params_kept, energy_rank, fraction_rank, breakeven_rank)
+BUILTIN: tuple[Rule[Any, Any], ...] = (
+    fixed_rank,
+    params_kept,
+    energy_rank,
+    fraction_rank,
+    breakeven_rank,
+    size_mb,
+    flops_kept,
+    latency_kept,
+    latency_ms,
+)
 
 
-def choose(curves: Sequence[SiteCurve], options: RankPolicy, *, allocate: str = "auto", round_to: int = 1) -> dict[str, Choice]:
-    """Return every site's rank, or the reason why it stays dense.
+def allocate_ranks(
+    curves: Sequence[SiteCurve], options: RankPolicy, *, allocate: AllocateField = "auto", round_to: int = 1, rest: int = 0
+) -> Allocation:
+    """Return every site's rank and form, or the reason why it stays dense, and what there is to note.
 
-    allocate "auto": global where the losses of different layers may be compared, else uniform.
+    allocate "auto": global where the losses of different layers may be compared, else uniform. rest: bytes of the model
+    beside what the sites free.
     """
     rule = RANKS.for_options(options)
     if type(options).budget:
         if allocate == "auto":
             allocate = "global" if all(curve.additive for curve in curves) else "uniform"
-        found: dict[str, Choice] = rule(curves, options, allocate=allocate, round_to=round_to)
+        found: Allocation = rule(curves, options, Setting(allocate, round_to, rest))
         return found
-    return {curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in curves}
+    return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in curves})
+
+
+def choose(
+    curves: Sequence[SiteCurve], options: RankPolicy, *, allocate: AllocateField = "auto", round_to: int = 1, rest: int = 0
+) -> dict[str, Choice]:
+    """Return the choices of `allocate_ranks` alone."""
+    return allocate_ranks(curves, options, allocate=allocate, round_to=round_to, rest=rest).choices
 
 
 def rounded(rank: int, round_to: int) -> int:
@@ -42,23 +89,37 @@ def _worth(curve: SiteCurve, rank: int) -> Choice:
     """Return the rank, or dense where the product would be no smaller."""
     rank = min(rank, curve.full_rank)
     if curve.size(rank) < curve.dense_size:
-        return Choice(rank)
+        return Choice(rank, form=curve.form_at(rank))
     return Choice(None, f"rank {rank} needs {curve.size(rank)} numbers, the dense weight {curve.dense_size}")
 
 
 __all__ = [
     "BUILTIN",
+    "AllocateField",
+    "Allocation",
     "BreakevenRank",
+    "Candidates",
     "Choice",
     "EnergyRank",
     "FixedRank",
+    "FlopsKept",
     "Form",
     "FractionRank",
+    "LatencyKept",
+    "LatencyMs",
+    "Offer",
     "ParamsKept",
+    "ProductForm",
     "RankField",
     "RankPolicy",
+    "Setting",
     "SiteCurve",
+    "SizeMb",
+    "Times",
+    "Unit",
+    "allocate_ranks",
     "choose",
+    "measured_ranks",
     "product_size",
     "rank_policy",
 ]

@@ -15,22 +15,26 @@ from lrc.run.plan import Decision, Plan, totals
 def plan_table(plan: Plan) -> RenderableType:
     """Return the plan: a row per site, the totals, and what was noticed."""
     table = Table(box=None, header_style="bold", pad_edge=False)
+    timed = any(d.latency for d in plan.decisions)
     for name, justify in (
         ("site", "left"), ("rule", "left"), ("shape", "right"), ("rank", "right"), ("form", "left"), ("kept", "right"),
-        ("loss", "right"), ("FLOPs/token", "right"), ("bytes", "right"), ("note", "left"),
+        ("loss", "right"), ("FLOPs/token", "right"), ("bytes", "right"), *((("ms", "right"),) if timed else ()),
+        ("note", "left"),
     ):  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]  # rich wants a Literal
+        table.add_column(name, justify=justify, overflow="fold")
     for decision in plan.decisions:
-        table.add_row(*_row(decision), style="dim" if decision.keep else None)
+        table.add_row(*_row(decision, timed), style="dim" if decision.keep else None)
     return Group(table, *(Text(line) for line in summary_lines(plan)))
 
 
-def _row(d: Decision) -> tuple[str, ...]:
+def _row(d: Decision, timed: bool) -> tuple[str, ...]:
     loss = f"{d.predicted:.3g}" if d.predicted is not None else ""
     note = "; ".join(([f"stays dense: {d.keep}"] if d.keep else []) + list(d.notes))
+    ms = f"{d.latency[0]:.3g} → {d.latency[1]:.3g}" if d.latency else ""
     return (
         d.name, d.rule, d.before.text, str(d.rank or ""), d.form or "", share(d.after.parameters, d.before.parameters),
-        loss, f"{count(d.before.flops)} → {count(d.after.flops)}", f"{size(d.before.bytes)} → {size(d.after.bytes)}", note,
+        loss, f"{count(d.before.flops)} → {count(d.after.flops)}", f"{size(d.before.bytes)} → {size(d.after.bytes)}",
+        *([ms] if timed else []), note,
     )  # fmt: skip
 
 

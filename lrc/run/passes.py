@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, S
 from pydantic import Field, field_validator, model_validator
 
 from lrc.maps import LinearMap
+from lrc.measure.workload import Workload
 from lrc.program import Program
-from lrc.ranks import RankField
+from lrc.ranks import AllocateField, RankField
 from lrc.run.plan import Decision
 from lrc.solvers import Decomposition, Moments, Need, SolverOptions
 from lrc.spec.base import Tagged
@@ -50,15 +51,17 @@ class RankedOptions(PassOptions):
         description="How a weight is decomposed: a name, or a mapping with `type`."
     )
     rank: RankField = Field(description="A rank for every site, or one budget over all of them.")
-    allocate: Literal["auto", "global", "uniform"] = Field(
+    allocate: AllocateField = Field(
         default="auto",
-        description="How a budget over all targets is shared: by marginal loss per parameter, or equally; auto: global where "
-        "the solver's losses may be compared between layers (kfac), else uniform.",
+        description="How a budget over all targets is shared: by marginal loss per cost (global), to the least loss by integer "
+        "programming (exact), equally (uniform), or by the inverse logarithm of the loss (loss_log_inverse); auto: global "
+        "where the solver's losses may be compared between layers (kfac), else uniform.",
     )
     form: Literal["auto", "two_factor", "pivoted"] = Field(
         default="auto", description="How a rank-r product is stored: r(m+n) or r(m+n-r) numbers; auto: the smaller."
     )
     round_to: int = Field(default=1, ge=1, description="Ranks are multiples of this.")
+    at: Workload = Field(default=Workload(), description="Shapes that a budget of FLOPs or time counts at.")
     tied: Literal["keep", "untie", "error"] = Field(
         default="keep",
         description="A weight that something else reads too (a head that shares the embedding): leave it dense, give the "
@@ -79,10 +82,11 @@ class RankedOptions(PassOptions):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A new map, with what the plan should say about it."""
+    """A new map, with what the plan should say about it. rank: where it is another one than was decided."""
 
     map: LinearMap
     notes: tuple[str, ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Decision:
     product (full_rank: the largest there could be), or None. predicted: the solver's loss at that rank, in `unit`.
     keep: the reason why nothing changes, or None.
     after_sites: groups that must be applied before this one (`propagate: compressed`). notes: fallbacks and the like.
+    latency: measured ms of the operators before and after, where a budget of time asked for them.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Decision:
     keep: str | None = None
     after_sites: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    latency: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:

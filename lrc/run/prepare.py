@@ -87,6 +87,7 @@ def prepare(
         seed=document.calibration.seed if document.calibration else 0,
         spec_path=file,
         progress=progress,
+        has_data=calibration is not None or document.calibration is not None,
     )
     return Prepared(program, document, file, session)
 

@@ -1,7 +1,7 @@
 """What the passes of one run share: calibration data, statistics, the cache and a way to report progress."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -35,8 +35,8 @@ def silent(stage: str, done: int, total: int) -> None:
 class Session:
     """The shared state of one run.
 
-    batches: makes the calibration batches, called at most once and only when a statistic is needed. notices: what the
-    plan should mention beside the decisions (shadowed patterns, how a budget was shared).
+    batches: makes the calibration batches, called at most once and only when a statistic is needed; has_data: whether there
+    are any. notices: what the plan should mention beside the decisions (shadowed patterns, how a budget was shared).
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Session:
         seed: int = 0,
         spec_path: Path | None = None,
         progress: Progress = silent,
+        has_data: bool = True,
     ) -> None:
         self.cache = cache
         self.seed = seed
@@ -54,6 +55,7 @@ class Session:
         self.spec_path = spec_path
         self.shadowed: list[str] = []
         self.notices: list[str] = []
+        self.has_data = has_data
         self._make_batches = batches
         self._batches: Batches | None = None
         self._moments: dict[str, dict[str, Moments]] = {}
@@ -65,6 +67,10 @@ class Session:
         if self._batches is None:
             self._batches = self._make_batches()
         return self._batches
+
+    def samples(self, program: Program) -> list[Mapping[str, torch.Tensor]]:
+        """Return the calibration batches, or the program's examples where the spec names no data."""
+        return list(self.batches) if self.has_data else [program.inputs.examples]
 
     def where(self, index: int) -> str:
         """Return the place of a pass in the spec, for messages."""

@@ -12,7 +12,8 @@ from lrc.errors import LrcError, SiteError
 from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
-from lrc.ranks import Choice, SiteCurve, choose
+from lrc.ranks import Choice, allocate_ranks
+from lrc.run.budget import check_shapes, priced, rest_of, spent, with_latency
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
@@ -89,40 +90,51 @@ class RankedSitePass(SitePass):
         options = settled(program, options)
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
+        check_shapes(program, session, options)
         terms = session.decompose(program, free, options)
-        curves = {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free}
-        choices = choose(list(curves.values()), options.rank, allocate=options.allocate, round_to=options.round_to)
+        curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
+        found = allocate_ranks(
+            list(curves.values()),
+            options.rank,
+            allocate=options.allocate,
+            round_to=options.round_to,
+            rest=rest_of(program, curves),
+        )
         before = in_groups(program, free) if compressed(options) else {}
         decisions = []
         for chosen in selected:
             made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
             if not chosen.keep:
                 made = replace(made, after_sites=before.get(chosen.fqn, ()))
-                made = self.decide(made, program.sites[chosen.fqn], choices[chosen.fqn], curves[chosen.fqn], terms)
+                made = self.decide(made, program.sites[chosen.fqn], found.choices[chosen.fqn], terms)
             decisions.append(made)
-        return decisions
+        session.notices += [*found.notes, *spent(options, curves, decisions)]
+        return [with_latency(options, curves, d) for d in decisions]
 
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:
         """Return a decision that changes nothing, with the reason why the site is out of the question, if it is."""
         before = summarize(site.map)
+        notes = () if options.form in ("auto", *site.layout.forms) else (f"no {options.form} form of a {site.kind}",)
         return Decision(
-            index, options.type, (site.fqn,), chosen.rule, before, before, full_rank=min(site.shape), keep=chosen.keep
-        )
+            index, options.type, (site.fqn,), chosen.rule, before, before,
+            full_rank=min(site.shape), keep=chosen.keep, notes=notes,
+        )  # fmt: skip
 
-    def decide(self, decision: Decision, site: Site, choice: Choice, curve: SiteCurve, terms: Terms) -> Decision:
+    def decide(self, decision: Decision, site: Site, choice: Choice, terms: Terms) -> Decision:
         """Put what was chosen for one site into its decision."""
         found = terms.spectrum(site.fqn)
+        notes = decision.notes + found.notes
         if choice.rank is None:
-            return replace(decision, keep=choice.reason, notes=found.notes)
-        form = curve.form_at(choice.rank)
+            return replace(decision, keep=choice.reason, notes=notes)
+        form = choice.form
         bias = site.bias is not None or found.mean is not None
         after, before = sketch(site, choice.rank, form, bias=bias), decision.before
         if after.bytes >= before.bytes:
             reason = f"rank {choice.rank} needs {after.bytes} bytes, what stands there {before.bytes} ({before.text})"
-            return replace(decision, keep=reason, notes=found.notes)
+            return replace(decision, keep=reason, notes=notes)
         loss = float(found.losses()[choice.rank])
         return replace(
-            decision, after=after, rank=choice.rank, form=form, predicted=loss, unit=found.unit, notes=found.notes
+            decision, after=after, rank=choice.rank, form=form, predicted=loss, unit=found.unit, notes=notes
         )  # fmt: skip
 
     def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
@@ -137,7 +149,7 @@ class RankedSitePass(SitePass):
                 assert rank is not None, "a ranked decision that is not kept has a rank"
                 seen = moments(site.fqn)
                 terms = session.solve(site, seen, options, rank)
-                made = self.call(site, options, Statistics(seen, terms), rank)
+                made = self.call(site, in_form(options, d), Statistics(seen, terms), rank)
                 done[d.name] = put(program, d, made)
         else:
             by_name = {d.sites[0]: d for d in work}
@@ -145,7 +157,8 @@ class RankedSitePass(SitePass):
 
             def make(fqn: str) -> tuple[str, Made]:
                 statistics = Statistics(terms=stored.full(fqn))
-                return fqn, self.call(program.sites[fqn], options, statistics, by_name[fqn].rank)
+                d = by_name[fqn]
+                return fqn, self.call(program.sites[fqn], in_form(options, d), statistics, d.rank)
 
             solved = session.track(options.type, solve_all(list(by_name), make, session.workers), len(by_name))
             made_by_name = dict(solved)
@@ -158,6 +171,11 @@ class RankedSitePass(SitePass):
 def compressed(options: Any) -> bool:
     """Say whether later sites are solved behind the already compressed earlier ones."""
     return getattr(options.solver, "propagate", "dense") == "compressed"
+
+
+def in_form(options: Any, decision: Decision) -> Any:
+    """Return the options with two factors as the form where that was decided: the smaller form may be the slower one."""
+    return options.model_copy(update={"form": "two_factor"}) if decision.form == "two_factor" else options
 
 
 def put(program: Program, decision: Decision, made: Made) -> Decision:
@@ -175,6 +193,8 @@ def carried_out(decision: Decision, made: Made) -> Decision:
     new, notes = (made.map, made.notes) if isinstance(made, Rewrite) else (made, ())
     after = summarize(new)
     form = None if decision.form is None else FORMS.get(after.text.split("[", 1)[0], decision.form)
+    if isinstance(made, Rewrite) and made.rank not in (None, decision.rank):
+        decision = replace(decision, rank=made.rank, predicted=None, unit=None)
     return replace(decision, after=after, form=form, notes=decision.notes + tuple(notes))
 
 

@@ -72,6 +72,9 @@ class Terms:
     def curve(self, site: Site, form: Form) -> SiteCurve:
         """Return what a rank policy looks at."""
         terms = self._spectra[site.fqn]
+        now, bias = site.map.cost(1), site.map.bias_cost(1)
+        stays = site.fqn not in site.program.maps and bool(site.tied)  # what else reads the weight goes on reading it
+        without = any(use.bias is None for use in site.uses)
         return SiteCurve(
             name=site.fqn,
             out_features=site.out_features,
@@ -79,10 +82,17 @@ class Terms:
             losses=terms.losses(),
             S=terms.S,
             form=form if "pivoted" in site.layout.forms else "two_factor",
-            bias=0 if site.bias is None else site.out_features,
-            extra=site.out_features if terms.mean is not None and site.bias is None else 0,
+            bias=bias.parameters,
+            extra=site.out_features if without and (terms.mean is not None or site.bias is not None) else 0,
             index=4 * site.out_features / site.dtype.itemsize,
             additive=terms.unit == LOSS_UNIT,
+            itemsize=site.dtype.itemsize,
+            looked_up=site.kind == "embedding",
+            now={
+                "numbers": now.parameters - bias.parameters,
+                "bytes": 0 if stays else now.bytes - bias.bytes,
+                "flops": now.flops - bias.flops,
+            },
         )
 
 

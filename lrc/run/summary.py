@@ -15,9 +15,12 @@ def summarize(made: LinearMap) -> Summary:
 
 def sketch(site: Site, rank: int, form: str, *, bias: bool) -> Summary:
     """Return what a rank-`rank` product in `form` would cost at `site`, without making one."""
+    return summarize(outline(site, rank, form, bias=bias).to(site.dtype))
+
+
+def outline(site: Site, rank: int, form: str, *, bias: bool) -> LinearMap:
+    """Return a rank-`rank` product in `form` at `site` without numbers."""
     with torch.device("meta"):
         if form == "pivoted":
-            made = restore(pivoted_structure(site.out_features, rank, site.in_features, bias=bias))
-        else:
-            made = planned(site.layout, site.shape, rank, bias=bias)
-        return summarize(made.to(site.dtype))
+            return restore(pivoted_structure(site.out_features, rank, site.in_features, bias=bias))
+        return planned(site.layout, site.shape, rank, bias=bias)

@@ -9,6 +9,7 @@ Lookup            ->  Chain(B, Lookup)   a table of r columns, and a matrix afte
 %h = linear(%x, fc.A: f32[r, n]);  %y = linear(%h, fc.B: f32[m, r], fc.bias)
 """
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -34,19 +35,29 @@ def factorize(site: Site, statistics: Statistics, rank: int, options: Factorize)
     """W -> the product B @ A of rank `rank` that the solver found closest, in its norm, in the form asked for."""
     B, A, bias = statistics.decomposition.truncate(rank, site.dtype)
     two_factor = site.layout.product(B, A, bias)
-    if options.form == "two_factor":
+    if options.form == "two_factor" or "pivoted" not in site.layout.forms:
         return smaller(two_factor, site, rank)
-    if "pivoted" not in site.layout.forms:
-        return smaller(two_factor, site, rank, *(() if options.form == "auto" else (f"no pivoted form of a {site.kind}",)))
     found = pivot(*statistics.decomposition.product(rank), dtype=site.dtype)
     if isinstance(found, Refusal):
         if options.form == "pivoted":
             return Keep(f"no stable pivoted form at rank {rank}: {found.reason}")
-        return smaller(two_factor, site, rank, f"two factors in place of the pivoted form: {found.reason}")
+        return in_two_factors(site, statistics, rank, options, found.reason)
     made = Pivoted(found.P, found.Z, found.index, found.side, bias)
     if options.form == "auto" and two_factor.cost().bytes <= made.cost().bytes:  # the index outweighs what the form saves
         return smaller(two_factor, site, rank)
     return smaller(made, site, rank)
+
+
+def in_two_factors(site: Site, statistics: Statistics, rank: int, options: Factorize, reason: str) -> Rewrite | Keep:
+    """Return two factors in place of a pivoted form that is not stable; under a budget, of a rank that takes no more."""
+    note = f"two factors in place of the pivoted form: {reason}"
+    if options.rank.budget:
+        m, n = site.out_features, site.in_features
+        fits = max(1, rank * (m + n - rank) // (m + n))
+        rank = fits // options.round_to * options.round_to or fits
+    B, A, bias = statistics.decomposition.truncate(rank, site.dtype)
+    made = smaller(site.layout.product(B, A, bias), site, rank, note)
+    return made if isinstance(made, Keep) else replace(made, rank=rank)
 
 
 def smaller(made: LinearMap, site: Site, rank: int, *notes: str) -> Rewrite | Keep:

@@ -1,13 +1,14 @@
 """Curves of made-up sites, what is spent on them, and the best that could be had."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from lrc.ranks import Choice, Form, SiteCurve
+from lrc.ranks import Choice, Form, SiteCurve, Times
 
 
 def curve(
@@ -43,6 +44,34 @@ def several(draw: st.DrawFn, least: int = 1) -> list[SiteCurve]:
             )
         )  # fmt: skip
     return made
+
+
+@st.composite
+def with_costs(draw: st.DrawFn, least: int = 1) -> list[SiteCurve]:
+    """Sites that differ in rows per sample, in the bytes of a number, in what an index takes, and in measured times."""
+    itemsize = draw(st.sampled_from([2, 4]))
+    return [
+        replace(
+            site,
+            rows=draw(st.sampled_from([1.0, 2.5, 128.0])),
+            itemsize=itemsize,
+            index=4 * site.out_features / itemsize,
+            times=draw(times_of(site)),
+        )
+        for site in draw(several(least))
+    ]
+
+
+@st.composite
+def times_of(draw: st.DrawFn, site: SiteCurve) -> Times:
+    """Measured times that grow with the rank but for noise, of some ranks."""
+    ranks = sorted(draw(st.sets(st.integers(1, site.full_rank), min_size=1)))
+    noise = st.floats(0.7, 1.3)
+    forms = ("two_factor", "pivoted") if site.form == "auto" else (site.form,)
+    return Times(
+        draw(noise) * (1 + site.dense_size / 50),
+        {form: {rank: draw(noise) * (1 + site.size(rank) / 50) for rank in ranks} for form in forms},
+    )
 
 
 def options_of(site: SiteCurve, round_to: int = 1) -> list[tuple[int | None, int, float]]:

@@ -10,8 +10,10 @@ from lrc_passes.factorize import Factorize
 from torch import Tensor, nn
 
 import lrc
+from lrc.data import batches_of
 from lrc.errors import SolverError, SpecError
 from lrc.maps import Chain
+from lrc.measure import collect
 from lrc.measure.second_moments import SecondMoment
 from lrc.run import Session
 from lrc.run.pipeline import make_plan, predicted_memory, run_passes
@@ -214,3 +216,26 @@ def test_nmf_names_the_layer_whose_weight_has_negative_entries(compiled: Compile
     wanted = r"^middle: weight: expected no negative entry, got 1 negative of 320 values\. Choose the solver `snmf`"
     with pytest.raises(SolverError, match=wanted):
         compiled(model, solver="nmf", rank=4)
+
+
+# A weight for every entry.
+
+
+def test_altmin_weighs_entries_by_their_fisher_information(compiled: Compile) -> None:
+    needs = frozenset({Need.WEIGHT_FISHER})
+    program = lrc.capture(tiny.mlp(), {"x": tiny.mlp_inputs()})
+    items = tiny.calibration_of_mlp()
+    fisher = collect(program, batches_of(items, list(items[0])), ["middle"], needs)["middle"].weight_fisher
+    errors = {}
+    for solver in ({"type": "altmin", "weights": "fisher"}, "svd"):
+        done = compiled(solver=solver, rank=4, form="two_factor")
+        assert {d.rank for d in done.plan.decisions} == {4}
+        change = done.program.map_of("middle").exact().weight - program.map_of("middle").exact().weight
+        errors[str(solver)] = float((fisher * change.square()).sum())
+    least, plain = errors.values()
+    assert least < 0.9 * plain
+
+
+def test_altmin_refuses_a_budget(compiled: Compile) -> None:
+    with pytest.raises(SpecError, match="altmin"):
+        compiled(solver={"type": "altmin", "weights": "none"}, rank={"params_kept": 0.5})

@@ -1,0 +1,137 @@
+"""What a budget must know of the program beside spectra, and what the plan says of how it was spent."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from scipy.optimize import isotonic_regression
+
+from lrc.maps import Structure
+from lrc.measure import digest
+from lrc.measure.operators import BASELINE, measure_operators
+from lrc.measure.workload import Shapes, rows_per_sample, shapes_at, shapes_per_use, typical
+from lrc.program import Program, Site
+from lrc.ranks import SiteCurve, Times, Unit, measured_ranks
+from lrc.run.plan import Decision
+from lrc.run.session import Session
+from lrc.run.summary import outline
+
+Table = dict[str, float]
+
+
+def check_shapes(program: Program, session: Session, options: Any) -> None:
+    """Raise UsageError for shapes that the program does not take, before anything is measured or decomposed."""
+    if unit_of(options) in ("flops", "ms"):
+        shapes_at(program, [program.inputs.examples], options.at)
+
+
+def priced(program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve]) -> dict[str, SiteCurve]:
+    """Return the curves with what the unit of the budget asks for: rows per sample, or times on this device."""
+    unit, sites = unit_of(options), program.sites
+    if unit == "flops":
+        shapes = shapes_at(program, session.samples(program), options.at)
+        return {fqn: replace(curve, rows=rows_per_sample(program, sites[fqn], shapes)) for fqn, curve in curves.items()}
+    if unit == "ms":
+        at = typical(shapes_at(program, session.samples(program), options.at))
+        return timed(program, session, options, curves, at)
+    return dict(curves)
+
+
+def timed(
+    program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve], at: Shapes
+) -> dict[str, SiteCurve]:
+    """Return the curves with the time of each site at the shapes `at`; sites that are alike are measured once."""
+    device = next(iter(program.tensors().values())).device
+    wanted: dict[str, tuple[dict[str, Structure], tuple[int, ...], Site]] = {}
+    uses: dict[str, list[str]] = {}
+    for fqn, curve in curves.items():
+        site = program.sites[fqn]
+        structures = operators(site, curve, options.round_to)
+        for shape in shapes_per_use(program, site, at):
+            key = digest(structures, shape, site.dtype)
+            wanted[key] = (structures, shape, site)
+            uses.setdefault(fqn, []).append(key)
+    tables = {
+        key: measure_operators(session.cache, structures, shape, indices=indices(site), dtype=site.dtype, device=device)
+        for key, (structures, shape, site) in session.track("time", wanted.items())
+    }
+    return {fqn: replace(curve, times=together([tables[key] for key in uses[fqn]])) for fqn, curve in curves.items()}
+
+
+def operators(site: Site, curve: SiteCurve, round_to: int) -> dict[str, Structure]:
+    """Return what is measured for a site, by name: what stands there, and products of some ranks in the forms asked for."""
+    found = {BASELINE: site.map.structure()}
+    for form in site.layout.forms:
+        if curve.form in ("auto", form):
+            for rank in measured_ranks(curve, form, round_to):
+                made = outline(site, rank, form, bias=bool(curve.bias or curve.extra))
+                found[f"{form} {rank}"] = made.structure()
+    return found
+
+
+def indices(site: Site) -> int:
+    """Return how many indices a site's input may hold, or 0 where it holds numbers."""
+    return site.in_features if site.kind == "embedding" else 0
+
+
+def together(tables: list[Table]) -> Times:
+    """Return the summed times of all uses of a site.
+
+    Of one form, a larger rank takes no less time: what the measured times say otherwise is noise, which the closest rising
+    ones leave out.
+    """
+    total = {name: sum(table[name] for table in tables) for name in tables[0]}
+    products: dict[str, dict[int, float]] = {}
+    for name, ms in total.items():
+        if name != BASELINE:
+            form, rank = name.split()
+            products.setdefault(form, {})[int(rank)] = ms
+    for form, of_form in products.items():
+        ranks = sorted(of_form)
+        rising = isotonic_regression([of_form[rank] for rank in ranks]).x
+        products[form] = dict(zip(ranks, map(float, rising), strict=True))
+    return Times(total[BASELINE], products)
+
+
+def unit_of(options: Any) -> Unit | None:
+    """Return the unit of the budget that a pass has, or None for ranks that are chosen site by site."""
+    unit: Unit | None = options.rank.unit if options.rank.budget else None
+    return unit
+
+
+def rest_of(program: Program, curves: Mapping[str, SiteCurve]) -> int:
+    """Return the bytes of the program beside what rewriting the sites frees."""
+    return program.size()[1] - int(sum(curve.present("bytes") for curve in curves.values()))
+
+
+def with_latency(options: Any, curves: Mapping[str, SiteCurve], decision: Decision) -> Decision:
+    """Return a decision with its measured times, where the budget is one of time."""
+    if unit_of(options) != "ms" or decision.name not in curves:
+        return decision
+    return replace(decision, latency=costs(curves[decision.name], "ms", decision))
+
+
+def spent(options: Any, curves: Mapping[str, SiteCurve], decisions: Iterable[Decision]) -> list[str]:
+    """Return a line for the plan on what no other line of it shows: FLOPs per sample, or time."""
+    unit = unit_of(options)
+    if unit not in ("flops", "ms"):
+        return []
+    before = after = 0.0
+    for d in decisions:
+        if d.name in curves:
+            was, now = costs(curves[d.name], unit, d)
+            before, after = before + was, after + now
+    kept = f"({after / before:.1%} kept)" if before else ""
+    if unit == "flops":
+        return [f"FLOPs of the targets: {before:.4g} → {after:.4g} per sample {kept}"]
+    return [f"predicted latency of the targets: {before:.3g} → {after:.3g} ms {kept}, by operators timed on this device"]
+
+
+def costs(curve: SiteCurve, unit: Unit, decision: Decision) -> tuple[float, float]:
+    """Return what a site costs before and after a decision."""
+    before = curve.present(unit) + curve.fixed(unit)
+    if decision.keep is not None or decision.rank is None:
+        return before, before
+    product = curve.cost(unit, decision.form, torch.tensor([decision.rank]))  # type: ignore[arg-type]  # of a product
+    return before, float(product) + curve.fixed(unit)
