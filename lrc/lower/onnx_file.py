@@ -12,10 +12,12 @@ from pydantic import Field
 
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
+from lrc.lower.decoder import CachedDecoder, wants_cache
 from lrc.program import Program
 
 LARGE = 1_800_000_000  # bytes; a protobuf message ends at 2 GiB
 FILE = "onnx/model.onnx"
+PREFILL = "prefill only: the graph has no key-value cache"
 WIDENED = "bfloat16 is stored as float32: ONNX Runtime has no bfloat16 products on the CPU"
 
 
@@ -29,6 +31,11 @@ class OnnxExport(ExportOptions):
         description="ONNX operator set. From 23 on, attention is one operator: faster, but what it gives for a text of which "
         "every token is masked is undefined.",
     )
+    cache: bool | None = Field(
+        default=None,
+        description="Take and return the key-value cache, so that each token is computed once. By default the text-generation "
+        "models of transformers do; false: the graph of a whole text alone.",
+    )
     external_data: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="Keep the weights in a file beside model.onnx; auto: where they are larger than 1.8 GB.",
@@ -36,29 +43,23 @@ class OnnxExport(ExportOptions):
     opens: ClassVar[str] = "lrc.lower.ort:OrtRunner"
     artifact: ClassVar[str] = FILE
 
+    def check(self, program: Program) -> None:
+        """Raise UsageError for a cache that cannot be exported."""
+        wants_cache(program, self.cache)
+
 
 @exporter(OnnxExport)
 def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
-    """Write `onnx/model.onnx`. Raises LowerError when an operation has no ONNX form, or the file does not check."""
-    onnx = _need_onnx()
-    import torch.onnx
+    """Write `onnx/model.onnx`.
 
+    Raises UsageError for a cache that cannot be exported; LowerError when an operation has no ONNX form, or the file does not
+    check.
+    """
+    onnx = _need_onnx()
     path = folder / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with torch.no_grad(), quiet_exporter():
-            made = torch.onnx.export(
-                program.export(), (), kwargs=dict(program.inputs.examples), dynamo=True, verbose=False,
-                opset_version=options.opset, output_names=output_names(program),
-            )  # fmt: skip
-    except Exception as error:  # the exporter raises what its passes raise
-        raise LowerError(
-            FILE,
-            message=f"torch.onnx refused the program: {root_cause(error)}",
-            hint="Leave out `format: onnx`",
-        ) from error
-    assert made is not None, "torch.onnx.export with dynamo returns a program"
-    model = made.model_proto
+    cached = wants_cache(program, options.cache)
+    model = lowered(program, cached, options.opset)
     clean(model)
     name_sizes(model, program)
     notes = [WIDENED] if widen(model) else []
@@ -72,8 +73,30 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
         onnx.checker.check_model(path, full_check=True)
     except onnx.checker.ValidationError as error:
         raise LowerError(FILE, message=f"onnx.checker refuses the file: {error}") from error
-    notes += ["prefill only: the graph has no key-value cache"] if program.task == "text-generation" else []
-    return Written(FILE, tuple(notes))
+    notes += [PREFILL] if program.task == "text-generation" and not cached else []
+    return Written(FILE, tuple(notes), cached)
+
+
+def lowered(program: Program, cached: bool, opset: int) -> Any:
+    """Return what torch's exporter makes of a program, or of its decoder with a cache. Raises LowerError."""
+    import torch.onnx
+
+    given: dict[str, Any]
+    module: Any
+    if cached:
+        module = CachedDecoder(program)
+        given = module.export_arguments(program.inputs.examples["input_ids"])
+    else:
+        module = program.export()
+        given = {"args": (), "kwargs": dict(program.inputs.examples), "output_names": output_names(program)}
+    try:
+        with torch.no_grad(), quiet_exporter():
+            made = torch.onnx.export(module, dynamo=True, verbose=False, opset_version=opset, **given)
+    except Exception as error:  # the exporter raises what its passes raise
+        hint = "Set `cache: false`, or leave out `format: onnx`" if cached else "Leave out `format: onnx`"
+        raise LowerError(FILE, message=f"torch.onnx refused the program: {root_cause(error)}", hint=hint) from error
+    assert made is not None, "torch.onnx.export with dynamo returns a program"
+    return made.model_proto
 
 
 @contextmanager
