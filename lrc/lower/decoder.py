@@ -10,7 +10,6 @@ from torch.export import Dim
 
 from lrc.errors import UsageError
 from lrc.program import Program
-from lrc.program.checks import need_transformers
 from lrc.program.graft import graft
 
 TAKEN = ("input_ids", "attention_mask", "position_ids")
@@ -59,33 +58,32 @@ class CachedDecoder(nn.Module):
         return {"logits": logits} | dict(zip(names(PRESENT, present), flatten(present), strict=True))
 
     def example(self, ids: Tensor) -> tuple[dict[str, Tensor], Pairs]:
-        """Return example inputs and an example past of (batch >= 2, at least OLD + NEW) ids.
-
-        Raises UsageError for a layer that keeps no keys and values of its own.
-        """
-        batch, mask = len(ids), torch.ones_like(ids)
-        old = {"input_ids": ids[:, :OLD], "attention_mask": mask[:, :OLD]}
+        """Return example inputs and an example past of (2, OLD + NEW) ids. Raises UsageError for a layer without a cache."""
+        mask = torch.ones_like(ids)
         with torch.no_grad():
-            _, past = self(old, [])
+            _, past = self({"input_ids": ids[:, :OLD], "attention_mask": mask[:, :OLD]}, [])
         if not all(isinstance(tensor, Tensor) and tensor.ndim == 4 for pair in past for tensor in pair):
             raise refusal("a layer keeps no keys and values of its own")
-        end = OLD + NEW
-        places = torch.arange(OLD, end, device=ids.device).expand(batch, NEW).contiguous()
-        given = {"input_ids": ids[:, OLD:end], "attention_mask": mask[:, :end], "position_ids": places}
+        places = torch.arange(OLD, OLD + NEW, device=ids.device).expand(2, NEW).contiguous()
+        given = {"input_ids": ids[:, OLD:], "attention_mask": mask, "position_ids": places}
         return {name: given[name] for name in self.takes}, past
 
-    def export_arguments(self, ids: Tensor) -> dict[str, Any]:
-        """Return the arguments of `torch.onnx.export` beside the module: the example, names and dynamic sizes."""
+    def export_arguments(self, examples: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the arguments of `torch.onnx.export` beside the module: the example, names and dynamic sizes.
+
+        examples: those of the program. Raises UsageError for a program that takes no tokens.
+        """
+        if "input_ids" not in examples:
+            raise refusal(f"the program takes {', '.join(examples)}, no `input_ids`")
+        tokens = examples["input_ids"].flatten()
+        ids = tokens[torch.arange(2 * (OLD + NEW), device=tokens.device) % len(tokens)].reshape(2, -1)
         inputs, past = self.example(ids)
         batch, sequence, total = Dim("batch"), Dim("sequence"), Dim("total")
         before = {0: batch, 2: Dim("past", min=0)}
-        second = {"attention_mask": total}
+        sizes = {name: {0: batch, 1: total if name == "attention_mask" else sequence} for name in inputs}
         return {
             "args": (inputs, past),
-            "dynamic_shapes": (
-                {name: {0: batch, 1: second.get(name, sequence)} for name in inputs},
-                [(before, before) for _ in past],
-            ),
+            "dynamic_shapes": (sizes, [(before, before) for _ in past]),
             "input_names": [*inputs, *names(PAST, past)],
             "output_names": ["logits", *names(PRESENT, past)],
         }
@@ -106,16 +104,16 @@ def wants_cache(program: Program, asked: bool | None) -> bool:
 
 def check_cache(model: Any) -> None:
     """Raise UsageError for a model whose cache is not one pair of keys and values a layer, as transformers tells it."""
-    config = getattr(model, "config", None)
-    if config is None or "past_key_values" not in signature(model.forward).parameters:
-        raise refusal("the model takes no `past_key_values`")
-    if getattr(config, "is_encoder_decoder", False):
+    if not hasattr(model, "can_generate") or not model.can_generate():
+        raise refusal(f"{type(model).__name__} is no model of transformers that generates text")
+    if "past_key_values" not in signature(model.forward).parameters:
+        raise refusal(f"{type(model).__name__} takes no `past_key_values`")
+    if getattr(model.config, "is_encoder_decoder", False):
         raise refusal("an encoder-decoder has two caches")
-    need_transformers()
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     try:
-        layers = DynamicCache(config=config).layers
+        layers = DynamicCache(config=model.config).layers
     except Exception as error:  # configs of other makers may lack anything
         raise refusal(f"transformers makes no cache of the config ({type(error).__name__}: {error})") from error
     for i, layer in enumerate(layers):

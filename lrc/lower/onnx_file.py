@@ -85,7 +85,7 @@ def lowered(program: Program, cached: bool, opset: int) -> Any:
     module: Any
     if cached:
         module = CachedDecoder(program)
-        given = module.export_arguments(program.inputs.examples["input_ids"])
+        given = module.export_arguments(program.inputs.examples)
     else:
         module = program.export()
         given = {"args": (), "kwargs": dict(program.inputs.examples), "output_names": output_names(program)}

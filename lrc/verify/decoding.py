@@ -32,6 +32,6 @@ def decoding_cases(program: Program, cases: list[Case]) -> list[Case]:
         "attention_mask": mask,
         "position_ids": torch.full((len(ids), 1), ids.shape[1] - 1),
     }
-    step |= {name.replace(PRESENT, PAST): value for name, value in before.items() if name.startswith(PRESENT)}
+    step |= {n.replace(PRESENT, PAST): value.contiguous() for n, value in before.items() if n.startswith(PRESENT)}
     last = whole.expected["logits"][:, -1:].contiguous()
     return [*made, Case(step, whole.expected | {"logits": last})]
