@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lrc.errors import LowerError
+from lrc.errors import LowerError, LrcError
 from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.lower.decoder import CachedDecoder, wants_cache
 from lrc.program import Program
@@ -61,7 +61,8 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
     cached = wants_cache(program, options.cache)
     model = lowered(program, cached, options.opset)
     clean(model)
-    name_sizes(model, program)
+    if not cached:
+        name_sizes(model, program)
     notes = [WIDENED] if widen(model) else []
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)  # protobuf cannot tell the size of what is too large
     external = options.external_data == "always" or (options.external_data == "auto" and size > LARGE)
@@ -78,20 +79,22 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
 
 
 def lowered(program: Program, cached: bool, opset: int) -> Any:
-    """Return what torch's exporter makes of a program, or of its decoder with a cache. Raises LowerError."""
+    """Return what torch's exporter makes of a program, or of its decoder with a cache. Raises LowerError or UsageError."""
     import torch.onnx
 
     given: dict[str, Any]
     module: Any
-    if cached:
-        module = CachedDecoder(program)
-        given = module.export_arguments(program.inputs.examples)
-    else:
-        module = program.export()
-        given = {"args": (), "kwargs": dict(program.inputs.examples), "output_names": output_names(program)}
     try:
+        if cached:
+            module = CachedDecoder(program)
+            given = module.export_arguments(program.inputs.examples)
+        else:
+            module = program.export()
+            given = {"args": (), "kwargs": dict(program.inputs.examples), "output_names": output_names(program)}
         with torch.no_grad(), quiet_exporter():
             made = torch.onnx.export(module, dynamo=True, verbose=False, opset_version=opset, **given)
+    except LrcError:
+        raise
     except Exception as error:  # the exporter raises what its passes raise
         hint = "Set `cache: false`, or leave out `format: onnx`" if cached else "Leave out `format: onnx`"
         raise LowerError(FILE, message=f"torch.onnx refused the program: {root_cause(error)}", hint=hint) from error
