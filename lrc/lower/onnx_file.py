@@ -61,7 +61,9 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
     cached = wants_cache(program, options.cache)
     model = lowered(program, cached, options.opset)
     clean(model)
-    if not cached:
+    if cached:
+        name_ties(model, program)
+    else:
         name_sizes(model, program)
     notes = [WIDENED] if widen(model) else []
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)  # protobuf cannot tell the size of what is too large
@@ -156,6 +158,20 @@ def name_sizes(model: Any, program: Program) -> None:
             if not isinstance(value, str):
                 for size in (size for size in value.type.tensor_type.shape.dim if size.dim_param):  # setting one unfixes it
                     size.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.dim_param)
+
+
+def name_ties(model: Any, program: Program) -> None:
+    """Call a tied weight by the first of its names, as the program does; torch.export keeps the last of a module's."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    first = {name: program.names.canonical.get(name, name) for name in stored}
+    names = {name: other for name, other in first.items() if other not in stored}
+    for tensor in model.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for graph in graphs_of(model):
+        for node in graph.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+        for value in graph.value_info:
+            value.name = names.get(value.name, value.name)
 
 
 def widen(model: Any) -> bool:

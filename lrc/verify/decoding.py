@@ -29,7 +29,7 @@ def decoding_cases(program: Program, cases: list[Case]) -> list[Case]:
     before = decoder.run({"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]})
     step = {
         "input_ids": ids[:, -1:].contiguous(),
-        "attention_mask": mask,
+        "attention_mask": mask.clone(),  # two inputs in one memory cannot be stored
         "position_ids": torch.full((len(ids), 1), ids.shape[1] - 1),
     }
     step |= {n.replace(PRESENT, PAST): value.contiguous() for n, value in before.items() if n.startswith(PRESENT)}
