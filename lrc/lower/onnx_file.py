@@ -65,6 +65,7 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
         name_ties(model, program)
     else:
         name_sizes(model, program)
+        expand_rotations(model)
     notes = [WIDENED] if widen(model) else []
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)  # protobuf cannot tell the size of what is too large
     external = options.external_data == "always" or (options.external_data == "auto" and size > LARGE)
@@ -158,6 +159,29 @@ def name_sizes(model: Any, program: Program) -> None:
             if not isinstance(value, str):
                 for size in (size for size in value.type.tensor_type.shape.dim if size.dim_param):  # setting one unfixes it
                     size.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.dim_param)
+
+
+def expand_rotations(model: Any) -> None:
+    """Give every text its own cosines and sines: ONNX Runtime's RotaryEmbedding refuses those of one for a whole batch."""
+    from onnx import TensorProto, helper
+
+    nodes, made = list(model.graph.node), []
+    for place, node in enumerate(nodes):
+        if node.op_type == "RotaryEmbedding" and len(node.input) == 3:  # with positions as a fourth input they are tables
+            batch, shape = f"rotary_{place}_batch", f"rotary_{place}_shape"
+            made.append(helper.make_node("Shape", [node.input[0]], [batch], start=0, end=1))
+            made.append(helper.make_node("Pad", [batch, "rotary_pads", "rotary_one"], [shape]))
+            for i in (1, 2):
+                expanded = f"rotary_{place}_{i}"
+                made.append(helper.make_node("Expand", [node.input[i], shape], [expanded]))
+                node.input[i] = expanded
+        made.append(node)
+    if len(made) > len(nodes):
+        for name, values in (("rotary_pads", [0, 2]), ("rotary_one", [1])):
+            dims = [len(values)] if name == "rotary_pads" else []
+            model.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, dims, values))
+        del model.graph.node[:]
+        model.graph.node.extend(made)
 
 
 def name_ties(model: Any, program: Program) -> None:
