@@ -65,9 +65,9 @@ class Compiled:
         done.raise_on_failure()
         return done.path
 
-    def to_onnx(self, path: str | Path) -> Path:
-        """Write one ONNX file."""
-        return self._one(export_onnx, OnnxExport(), Path(path))
+    def to_onnx(self, path: str | Path, *, cache: bool | None = None) -> Path:
+        """Write one ONNX file. cache: with the key-value cache, by default where the model generates text."""
+        return self._one(export_onnx, OnnxExport(cache=cache), Path(path))
 
     def to_aoti(self, path: str | Path) -> Path:
         """Write one AOTInductor package."""

@@ -163,24 +163,27 @@ def benchmark(folder: Annotated[Path, typer.Argument(help="A finished output fol
               compiled: Annotated[bool, typer.Option("--torch-compile", help="Time torch.compile too.")] = False,
               as_json: Json = False, allow_code: AllowCode = False) -> None:  # fmt: skip
     """Time every artifact of FOLDER against the dense MODEL, interleaved, as ratios."""
+    from rich.console import Group
+
     from lrc.report.tables import rows_table
     from lrc.run.benchmark import benchmark_folder, machine
 
     model, _ = split_rest(rest)
-    rows = benchmark_folder(
+    found = benchmark_folder(
         folder, model, batches=batch, lengths=length, compile_modules=compiled, rounds=rounds, allow_code=allow_code
     )
-    show({"machine": machine(), "rows": rows}, as_json, rows_table(rows))
+    show({"machine": machine(), **found}, as_json, Group(*(rows_table(rows) for rows in found.values() if rows)))
 
 
 @app.command()
 def export(folder: Annotated[Path, typer.Argument(help="A finished output folder.")],
            to: Annotated[str, typer.Option("--format", help="hf, onnx, aoti, torch_compile, pt2.")],
+           settings: Annotated[Optional[list[str]], typer.Argument(help="Options of the format: key=value.")] = None,  # noqa: UP045
            output: Output = None, as_json: Json = False) -> None:  # fmt: skip
     """Lower a finished folder to another format, without compiling again."""
     from lrc.run.reexport import export_folder
 
-    made = export_folder(folder, to, output)
+    made = export_folder(folder, to, output, settings or ())
     show({"files": [str(f) for f in made]}, as_json, "\n".join(f"wrote {f}" for f in made))
 
 

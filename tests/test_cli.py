@@ -134,7 +134,7 @@ def test_validate_without_a_model_looks_at_the_spec_alone(mlp_spec: Path, cli: R
 def test_inspect_lists_the_sites(gpt2: Path, cli: Run) -> None:
     rows = {row["site"]: row for row in cli("inspect", gpt2, "--json").json}
     assert list(rows) == [
-        "transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj",
+        "transformer.wpe", "transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj",
         "lm_head",
     ]  # fmt: skip
     row = rows["transformer.h.0.attn.c_attn"]
@@ -238,11 +238,48 @@ def test_benchmark_times_every_artifact_against_the_dense_model(finished: Finish
         assert row["flop_ratio"] > 1
         assert row["share"] == pytest.approx(row["ratio"] / row["flop_ratio"], abs=2e-3)
     assert made.json["machine"]["versions"]["torch"] == torch.__version__
+    assert made.json["decode"] == []
     nameless = cli("benchmark", finished.path, *small)
     assert nameless.code == 2
     assert nameless.error == (
         f"MODEL: the folder was made from {bert.name!r} and does not say where that is. Name the dense MODEL."
     )
+
+
+def test_benchmark_times_a_decoder_one_token_after_the_other(finished_decoder: Finished, llama: Path, cli: Run) -> None:
+    """No text is longer than the model's positions leave room for."""
+    small = ["--batch", "2", "--length", "8", "--length", "99", "--rounds", "1"]
+    made = cli("benchmark", finished_decoder.path, llama, *small, "--json")
+    assert made.code == 0, made.err
+    assert [row["runtime"] for row in made.json["rows"]] == ["eager", "onnx", "eager", "onnx"]
+    rows = made.json["decode"]
+    assert [(row["runtime"], row["batch"], row["past"]) for row in rows] == [("onnx", 2, 8), ("onnx", 2, tiny.POSITIONS - 16)]
+    for row in rows:
+        assert row["dense_tokens_per_s"] == pytest.approx(2e3 / row["dense_ms"], rel=0.02)
+        assert 1 < row["flop_ratio"] < 1 / 0.7
+        assert row["share"] == pytest.approx(row["ratio"] / row["flop_ratio"], abs=2e-3)
+
+
+def test_evaluate_scores_a_decoder_by_what_it_generates_with_its_cache(
+    finished_decoder: Finished, decoder_spec: Path, llama: Path, cli: Run
+) -> None:
+    made = cli("evaluate", decoder_spec, finished_decoder.path / "onnx/model.onnx", llama, "--json")
+    assert made.code == 0, made.err
+    known = {row["metric"]: row for row in finished_decoder.record.metrics}
+    assert {row["metric"] for row in made.json["metrics"]} == {"perplexity", "generation"}
+    for row in made.json["metrics"]:
+        assert row["value"] == pytest.approx(known[row["metric"]]["value"], rel=1e-5)
+
+
+def test_export_takes_options_of_the_format(finished_decoder: Finished, cli: Run, in_tmp: Path) -> None:
+    made = cli("export", finished_decoder.path, "--format", "onnx", "cache=false", "-o", "whole")
+    assert (made.code, made.out) == (0, "wrote whole/onnx/model.onnx\n")
+    from lrc.lower.ort import OrtRunner
+
+    assert OrtRunner(in_tmp / "whole" / "onnx" / "model.onnx").outputs == ("logits",)
+    wrong = cli("export", finished_decoder.path, "--format", "onnx", "cash=false", "-o", "other")
+    assert wrong.code == 2
+    assert "did you mean `cache`?" in wrong.error
 
 
 def test_export_lowers_a_finished_folder_without_compiling_again(compiled: Path, cli: Run, in_tmp: Path) -> None:

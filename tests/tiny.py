@@ -307,3 +307,22 @@ def spec(data: Path) -> Path:
 def finished(bert: Path, spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A finished output folder of the encoder; every artifact was checked in a fresh process."""
     return compile_to_folder(str(bert), spec, output=tmp_path_factory.mktemp("finished") / "out")
+
+
+@pytest.fixture(scope="session")
+def decoder_spec(data: Path) -> Path:
+    """A spec of the whole job on the decoder, beside its data."""
+    path = data / "decoder.yaml"
+    path.write_text(f"""\
+version: 1
+passes: [{{type: factorize, targets: ["{LAYERS}"], solver: svd, rank: {{params_kept: 0.7}}}}]
+evaluate: {{dataset: stream.txt, samples: 4, max_length: 16, metrics: [perplexity, {{type: generation, tokens: 6, prompt: 5}}]}}
+export: [{{format: onnx}}]
+""")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_decoder(llama: Path, decoder_spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A finished output folder of the decoder; its artifacts were checked in a fresh process."""
+    return compile_to_folder(str(llama), decoder_spec, output=tmp_path_factory.mktemp("decoder") / "out")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
+from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from lrc.program import Program
 from lrc.spec.base import SpecModel
@@ -24,13 +24,20 @@ class ExportOptions(SpecModel):
     opens: ClassVar[str]
     artifact: ClassVar[str]
 
+    def check(self, program: Program) -> None:
+        """Raise LrcError, before any pass runs, when the program cannot be exported so."""
+
 
 @dataclass(frozen=True)
 class Written:
-    """What an export has written: the artifact, from the output folder, and what the user should know about it."""
+    """What an export has written: the artifact, from the output folder, and what the user should know about it.
+
+    cached: the artifact takes and returns a key-value cache.
+    """
 
     artifact: str
     notes: tuple[str, ...] = ()
+    cached: bool = False
 
 
 class Runner(Protocol):
@@ -38,6 +45,14 @@ class Runner(Protocol):
 
     def __call__(self, **inputs: Any) -> Mapping[str, Any]:
         """Run once."""
+
+
+@runtime_checkable
+class Generator(Runner, Protocol):
+    """A runner that goes on with texts by itself, with a cache."""
+
+    def generate(self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int, eos_token_id: Any = None) -> Any:
+        """Return the ids (batch, length) with the greedy tokens after them."""
 
 
 class Export(Protocol):

@@ -10,12 +10,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lrc.errors import LowerError
+from lrc.errors import LowerError, LrcError
 from lrc.lower.base import ExportOptions, Written, exporter
+from lrc.lower.decoder import CachedDecoder, wants_cache
 from lrc.program import Program
 
 LARGE = 1_800_000_000  # bytes; a protobuf message ends at 2 GiB
 FILE = "onnx/model.onnx"
+PREFILL = "prefill only: the graph has no key-value cache"
 WIDENED = "bfloat16 is stored as float32: ONNX Runtime has no bfloat16 products on the CPU"
 
 
@@ -29,6 +31,11 @@ class OnnxExport(ExportOptions):
         description="ONNX operator set. From 23 on, attention is one operator: faster, but what it gives for a text of which "
         "every token is masked is undefined.",
     )
+    cache: bool | None = Field(
+        default=None,
+        description="Take and return the key-value cache, so that each token is computed once. By default the text-generation "
+        "models of transformers do; false: the graph of a whole text alone.",
+    )
     external_data: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="Keep the weights in a file beside model.onnx; auto: where they are larger than 1.8 GB.",
@@ -36,31 +43,29 @@ class OnnxExport(ExportOptions):
     opens: ClassVar[str] = "lrc.lower.ort:OrtRunner"
     artifact: ClassVar[str] = FILE
 
+    def check(self, program: Program) -> None:
+        """Raise UsageError for a cache that cannot be exported."""
+        wants_cache(program, self.cache)
+
 
 @exporter(OnnxExport)
 def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
-    """Write `onnx/model.onnx`. Raises LowerError when an operation has no ONNX form, or the file does not check."""
-    onnx = _need_onnx()
-    import torch.onnx
+    """Write `onnx/model.onnx`.
 
+    Raises UsageError for a cache that cannot be exported; LowerError when an operation has no ONNX form, or the file does not
+    check.
+    """
+    onnx = _need_onnx()
     path = folder / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with torch.no_grad(), quiet_exporter():
-            made = torch.onnx.export(
-                program.export(), (), kwargs=dict(program.inputs.examples), dynamo=True, verbose=False,
-                opset_version=options.opset, output_names=output_names(program),
-            )  # fmt: skip
-    except Exception as error:  # the exporter raises what its passes raise
-        raise LowerError(
-            FILE,
-            message=f"torch.onnx refused the program: {root_cause(error)}",
-            hint="Leave out `format: onnx`",
-        ) from error
-    assert made is not None, "torch.onnx.export with dynamo returns a program"
-    model = made.model_proto
+    cached = wants_cache(program, options.cache)
+    model = lowered(program, cached, options.opset)
     clean(model)
-    name_sizes(model, program)
+    if cached:
+        name_ties(model, program)
+    else:
+        name_sizes(model, program)
+        expand_rotations(model)
     notes = [WIDENED] if widen(model) else []
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)  # protobuf cannot tell the size of what is too large
     external = options.external_data == "always" or (options.external_data == "auto" and size > LARGE)
@@ -72,8 +77,32 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
         onnx.checker.check_model(path, full_check=True)
     except onnx.checker.ValidationError as error:
         raise LowerError(FILE, message=f"onnx.checker refuses the file: {error}") from error
-    notes += ["prefill only: the graph has no key-value cache"] if program.task == "text-generation" else []
-    return Written(FILE, tuple(notes))
+    notes += [PREFILL] if program.task == "text-generation" and not cached else []
+    return Written(FILE, tuple(notes), cached)
+
+
+def lowered(program: Program, cached: bool, opset: int) -> Any:
+    """Return what torch's exporter makes of a program, or of its decoder with a cache. Raises LowerError or UsageError."""
+    import torch.onnx
+
+    given: dict[str, Any]
+    module: Any
+    try:
+        if cached:
+            module = CachedDecoder(program)
+            given = module.export_arguments(program.inputs.examples)
+        else:
+            module = program.export()
+            given = {"args": (), "kwargs": dict(program.inputs.examples), "output_names": output_names(program)}
+        with torch.no_grad(), quiet_exporter():
+            made = torch.onnx.export(module, dynamo=True, verbose=False, opset_version=opset, **given)
+    except LrcError:
+        raise
+    except Exception as error:  # the exporter raises what its passes raise
+        hint = "Set `cache: false`, or leave out `format: onnx`" if cached else "Leave out `format: onnx`"
+        raise LowerError(FILE, message=f"torch.onnx refused the program: {root_cause(error)}", hint=hint) from error
+    assert made is not None, "torch.onnx.export with dynamo returns a program"
+    return made.model_proto
 
 
 @contextmanager
@@ -130,6 +159,43 @@ def name_sizes(model: Any, program: Program) -> None:
             if not isinstance(value, str):
                 for size in (size for size in value.type.tensor_type.shape.dim if size.dim_param):  # setting one unfixes it
                     size.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.dim_param)
+
+
+def expand_rotations(model: Any) -> None:
+    """Give every text its own cosines and sines: ONNX Runtime's RotaryEmbedding refuses those of one for a whole batch."""
+    from onnx import TensorProto, helper
+
+    nodes, made = list(model.graph.node), []
+    for place, node in enumerate(nodes):
+        if node.op_type == "RotaryEmbedding" and len(node.input) == 3:  # with positions as a fourth input they are tables
+            batch, shape = f"rotary_{place}_batch", f"rotary_{place}_shape"
+            made.append(helper.make_node("Shape", [node.input[0]], [batch], start=0, end=1))
+            made.append(helper.make_node("Pad", [batch, "rotary_pads", "rotary_one"], [shape]))
+            for i in (1, 2):
+                expanded = f"rotary_{place}_{i}"
+                made.append(helper.make_node("Expand", [node.input[i], shape], [expanded]))
+                node.input[i] = expanded
+        made.append(node)
+    if len(made) > len(nodes):
+        for name, values in (("rotary_pads", [0, 2]), ("rotary_one", [1])):
+            dims = [len(values)] if name == "rotary_pads" else []
+            model.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, dims, values))
+        del model.graph.node[:]
+        model.graph.node.extend(made)
+
+
+def name_ties(model: Any, program: Program) -> None:
+    """Call a tied weight by the first of its names, as the program does; torch.export keeps the last of a module's."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    first = {name: program.names.canonical.get(name, name) for name in stored}
+    names = {name: other for name, other in first.items() if other not in stored}
+    for tensor in model.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for graph in graphs_of(model):
+        for node in graph.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+        for value in graph.value_info:
+            value.name = names.get(value.name, value.name)
 
 
 def widen(model: Any) -> bool:

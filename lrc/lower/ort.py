@@ -13,6 +13,7 @@ from lrc.errors import LowerError, UsageError
 
 Array = NDArray[Any]
 
+PAST = "past_key_values."  # what the names of a cache's inputs start with
 NUMPY_TYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -29,7 +30,8 @@ class OrtRunner:
     """A runner on `model.onnx`: arrays (or tensors on the CPU) by name in, numpy arrays by name out.
 
     Inputs are cast to the type that the graph declares. A missing `attention_mask`, `token_type_ids` or `position_ids` is
-    filled as for one unpadded text; an input that the graph does not have (exporters drop unused ones) is left out.
+    filled as for one unpadded text, a missing key-value cache is empty; an input that the graph does not have (exporters drop
+    unused ones) is left out.
 
     providers: ONNX Runtime's execution providers, the CPU by default. threads: of one operator; None: ONNX Runtime's choice.
     Raises LowerError when the file does not load.
@@ -48,6 +50,7 @@ class OrtRunner:
         except Exception as error:  # ONNX Runtime's own errors share no base class that is public
             raise LowerError(str(path), message=f"ONNX Runtime cannot load the file: {error}") from error
         self.types = {node.name: node.type for node in self.session.get_inputs()}
+        self.shapes = {node.name: node.shape for node in self.session.get_inputs()}
         self.outputs = tuple(node.name for node in self.session.get_outputs())
 
     @property
@@ -65,21 +68,33 @@ class OrtRunner:
         if name in arrays:
             return arrays[name]
         tokens = arrays.get("input_ids")
+        past = next((value.shape[2] for key, value in arrays.items() if key.startswith(PAST)), 0)
+        if tokens is not None and name.startswith(PAST):
+            return self.empty(name, len(tokens))
         if tokens is not None and name == "attention_mask":
-            return np.ones(tokens.shape, np.int64)
+            return np.ones((len(tokens), past + tokens.shape[-1]), np.int64)
         if tokens is not None and name == "token_type_ids":
             return np.zeros(tokens.shape, np.int64)
         if tokens is not None and name == "position_ids":
-            return np.broadcast_to(np.arange(tokens.shape[-1]), tokens.shape)
+            return np.broadcast_to(np.arange(past, past + tokens.shape[-1]), tokens.shape)
         raise UsageError(
             f"{self.path.name}: {name}", expected="inputs " + ", ".join(self.inputs), got=", ".join(arrays) or "none"
         )
 
-    def _cast(self, name: str, value: Array) -> Array:
+    def empty(self, name: str, batch: int) -> Array:
+        """Return an empty key or value of a cache, (batch, heads, 0, features)."""
+        _, heads, _, features = self.shapes[name]
+        return np.zeros((batch, heads, 0, features), self.numpy_type(name))
+
+    def numpy_type(self, name: str) -> type[np.generic]:
+        """Return the numpy type of an input. Raises UsageError for a type without one."""
         declared = self.types[name]
         if declared not in NUMPY_TYPES:
             raise UsageError(f"{self.path.name}: {name}", expected=f"one of {', '.join(NUMPY_TYPES)}", got=declared)
-        return np.ascontiguousarray(value, dtype=NUMPY_TYPES[declared])
+        return NUMPY_TYPES[declared]
+
+    def _cast(self, name: str, value: Array) -> Array:
+        return np.ascontiguousarray(value, dtype=self.numpy_type(name))
 
 
 def as_array(value: Any) -> Array:

@@ -24,9 +24,9 @@ def open_artifact(name: str, *, allow_code: bool = False) -> Runner:
     """Return a runner for an output folder, a model, or a .onnx or .pt2 file. Raises UsageError, ModelError or LowerError."""
     path = Path(name)
     if path.suffix == ".onnx":
-        from lrc.lower.ort import OrtRunner
+        from lrc.lower.ort_decoder import open_onnx
 
-        return OrtRunner(path)
+        return open_onnx(path)
     if path.suffix == ".pt2" and path.is_file() and zipfile.is_zipfile(path):
         if not is_package(path):
             return Pt2Runner(path)

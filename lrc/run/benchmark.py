@@ -3,7 +3,6 @@
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lrc.lower.load import load
 from lrc.measure import measure_latency, speedup
 from lrc.program import Program
 from lrc.run.artifact import open_artifact
+from lrc.run.decoding import Pair, benchmark_decoding
 from lrc.run.environment import environment
 from lrc.run.flops import count_flops
 from lrc.run.prepare import capture
@@ -26,15 +26,6 @@ from lrc.spec.registry import EXPORTERS
 from lrc.verify.cases import resized
 
 ROUNDS = 15
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The dense and the compressed model through one runtime."""
-
-    name: str
-    dense: Runner
-    compressed: Runner
 
 
 def benchmark_folder(
@@ -46,16 +37,21 @@ def benchmark_folder(
     compile_modules: bool = False,
     rounds: int = ROUNDS,
     allow_code: bool = False,
-) -> list[dict[str, Any]]:
+) -> dict[str, list[dict[str, Any]]]:
     """Return a row per runtime and shape: times in ms, the ratio, the FLOP ratio, and the share of it that was reached.
 
+    `rows` are of whole texts, `decode` of one token after the other, by the artifacts that have a key-value cache.
     model: the dense one; the folder's manifest names it otherwise. Dense counterparts are lowered into a temporary folder.
     """
     manifest = _manifest(folder)
     dense = capture(model or dense_name(manifest), allow_code=allow_code)
     with tempfile.TemporaryDirectory(prefix="lrc-benchmark-") as scratch:
         pairs = pairs_of(folder, manifest, dense, Path(scratch), compile_modules)
-        return benchmark_pairs(pairs, dense, program_of(folder), batches, lengths, rounds)
+        compressed = program_of(folder)
+        return {
+            "rows": benchmark_pairs(pairs, dense, compressed, batches, lengths, rounds),
+            "decode": benchmark_decoding(pairs, dense, compressed, batches, lengths, rounds),
+        }
 
 
 def dense_name(manifest: Mapping[str, Any]) -> str:
@@ -84,7 +80,7 @@ def pairs_of(folder: Path, manifest: Mapping[str, Any], dense: Program, scratch:
         if name in ("hf", "pt2", "torch_compile"):
             continue
         rule = EXPORTERS.get(name)
-        written = rule(dense, scratch, rule.options())
+        written = rule(dense, scratch, rule.options.model_validate(made.get("options", {})))
         pairs.append(
             Pair(
                 name,

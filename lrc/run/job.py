@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lrc.run.session import Session
 from lrc.spec.document import Document
 from lrc.spec.load import to_yaml
 from lrc.spec.registry import EXPORTERS
-from lrc.verify.cases import make_cases
+from lrc.verify.decoding import cases_of
 from lrc.verify.evaluate import evaluate, judge
 from lrc.verify.parity import Artifact, check
 from lrc.verify.tolerance import Numerics
@@ -76,7 +76,7 @@ class Job:
         document.pop("output")
         files = [self.request.dataset] if self.request.dataset else []
         data = {name: sha256(self.request.base / name) for name in files if (self.request.base / name).is_file()}
-        return digest("output-1", document, self.program.digest(), data, environment()["versions"])
+        return digest("output-2", document, self.program.digest(), data, environment()["versions"])
 
 
 def compile_to(path: Path, job: Job, *, overwrite: bool = False, resume: bool = True) -> tuple[Record, Path]:
@@ -89,6 +89,8 @@ def compile_to(path: Path, job: Job, *, overwrite: bool = False, resume: bool = 
     with output:
         record = Record(plan=job.plan or Plan(()), model=model_name(job.program))
         original = job.original or job.program.clone()
+        for options in job.exports():
+            options.check(job.program)
         if job.plan is None:
             with timed(record, "passes"):
                 record.plan = run_passes(job.program, job.document.passes, job.session)
@@ -116,10 +118,14 @@ def export_step(output: OutputFolder, job: Job, options: ExportOptions) -> Json:
             written: Written = EXPORTERS.for_options(options)(job.program, scratch, options)
             path = scratch / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"artifact": written.artifact, "notes": list(written.notes)}), encoding="utf-8")
+            path.write_text(json.dumps(asdict(written)), encoding="utf-8")
     job.session.progress("export", 1, 1)
     read: Json = json.loads((output.staging / file).read_text(encoding="utf-8"))
-    return read | {"opens": options.opens, "static": getattr(options, "static", False)}
+    return read | {
+        "opens": options.opens,
+        "static": getattr(options, "static", False),
+        "options": options.model_dump(mode="json"),
+    }
 
 
 def verify_step(output: OutputFolder, job: Job, record: Record, original: Program) -> None:
@@ -127,7 +133,7 @@ def verify_step(output: OutputFolder, job: Job, record: Record, original: Progra
     pairs = []
     for name, made in record.artifacts.items():
         artifact = Artifact(name, output.staging / made["artifact"], made["opens"])
-        pairs.append((artifact, make_cases(job.program, job.program.inputs, dynamic=not made["static"])))
+        pairs.append((artifact, cases_of(job.program, dynamic=not made["static"], cached=made["cached"])))
     job.session.progress("verify", 0, 1)
     record.parity = [row.row() for row in check(pairs, Numerics.of(job.program.tensors()))]
     job.session.progress("verify", 1, 1)
@@ -174,7 +180,10 @@ def manifest_of(output: OutputFolder, job: Job, record: Record, written: Mapping
         "task": job.program.task,
         "environment": environment(),
         "seed": job.session.seed,
-        "artifacts": {name: {"path": made["artifact"], "notes": made["notes"]} for name, made in record.artifacts.items()},
+        "artifacts": {
+            name: {"path": made["artifact"], "notes": made["notes"], "options": made["options"]}
+            for name, made in record.artifacts.items()
+        },
         "parity": record.parity,
         "failures": record.failures,
         "sha256": dict(sorted(hashes.items())),

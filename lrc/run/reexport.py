@@ -2,36 +2,40 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lrc.errors import UsageError
 from lrc.program.capture import load_exported
 from lrc.program.huggingface import capture_folder
 from lrc.program.program import Program
+from lrc.spec.load import load_document
 from lrc.spec.registry import EXPORTERS
-from lrc.verify.cases import make_cases
+from lrc.verify.decoding import cases_of
 from lrc.verify.evaluate import raise_on_missed
 from lrc.verify.parity import Artifact, check
 from lrc.verify.tolerance import Numerics
 
 
-def export_folder(folder: Path, kind: str, output: Path | None = None) -> list[Path]:
+def export_folder(folder: Path, kind: str, output: Path | None = None, settings: Sequence[str] = ()) -> list[Path]:
     """Lower a finished folder to the format `kind`, check the artifact in a fresh process, and put it into `output`.
 
-    Without `output` it goes into the folder. Returns the files. Raises UsageError for an unknown format, a file that is in
-    the way, or a folder that is none of ours;
-    GateError when the artifact differs; it is put there all the same.
+    Without `output` it goes into the folder. settings: options of the format, `key=value`. Returns the files. Raises
+    UsageError for an unknown format, a file that is in the way, or a folder that is none of ours; SpecError for settings that
+    the format does not have; GateError when the artifact differs; it is put there all the same.
     """
     try:
         rule = EXPORTERS.get(kind)
     except ValueError as error:
         raise UsageError("--format", message=str(error)) from error
+    document, _ = load_document({"version": 1, "export": [{"format": kind}]}, [f"export.0.{word}" for word in settings])
+    options: Any = document.export[0]
     program = program_of(folder)
     target = output or folder
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as name:
         scratch = Path(name)
-        options = rule.options()
         written = rule(program, scratch, options)
         made = sorted(p for p in scratch.rglob("*") if p.is_file())
         taken = [p for p in made if (target / p.relative_to(scratch)).exists()]
@@ -41,8 +45,8 @@ def export_folder(folder: Path, kind: str, output: Path | None = None) -> list[P
                 message="the file exists",
                 hint="Choose another folder with `-o`",
             )
-        cases = make_cases(program, program.inputs)
-        artifact = Artifact(kind, scratch / written.artifact, options.opens)  # type: ignore[attr-defined]
+        cases = cases_of(program, cached=written.cached)
+        artifact = Artifact(kind, scratch / written.artifact, options.opens)
         rows = check([(artifact, cases)], Numerics.of(program.tensors()))
         files = []
         for path in made:

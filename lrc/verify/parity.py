@@ -54,11 +54,11 @@ def check(artifacts: Sequence[tuple[Artifact, Sequence[Case]]], numerics: Numeri
     Raises LowerError when an artifact does not open or run; a difference beyond the tolerance is no error but `ok: False`.
     """
     with tempfile.TemporaryDirectory(prefix="lrc-verify-") as name:
-        running = [
-            (artifact, cases, _start(artifact, cases, Path(name) / str(i))) for i, (artifact, cases) in enumerate(artifacts)
-        ]
+        running: list[tuple[Artifact, Sequence[Case], tuple[subprocess.Popen[str], Path]]] = []
         rows = []
         try:
+            for i, (artifact, cases) in enumerate(artifacts):
+                running.append((artifact, cases, _start(artifact, cases, Path(name) / str(i))))
             for artifact, cases, (process, folder) in running:
                 outputs = _finish(artifact, process, folder, len(cases))
                 rows += [

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrc.data import load_windows
 from lrc.errors import UsageError
-from lrc.lower.base import Runner
+from lrc.lower.base import Generator, Runner
 from lrc.verify.metrics.base import MetricOptions, Subject, metric, readouts
 from lrc.verify.runner import run
 
@@ -73,7 +73,12 @@ def need_original(subject: Subject, options: MetricOptions) -> Runner:
 
 
 def greedy(runner: Runner, prompt: Tensor, tokens: int) -> Tensor:
-    """Return the greedy continuation of (batch, length) ids, (batch, tokens), by running the whole text again for each."""
+    """Return the greedy continuation of (batch, length) ids, (batch, tokens).
+
+    A runner with a cache makes it by itself, as it is served; any other runs the whole text again for each token.
+    """
+    if isinstance(runner, Generator):
+        return torch.as_tensor(runner.generate(prompt, max_new_tokens=tokens))[:, prompt.shape[1] :]
     ids = prompt
     for _ in range(tokens):
         logits = run(runner, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})["logits"]
