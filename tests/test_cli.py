@@ -134,7 +134,8 @@ def test_validate_without_a_model_looks_at_the_spec_alone(mlp_spec: Path, cli: R
 def test_inspect_lists_the_sites(gpt2: Path, cli: Run) -> None:
     rows = {row["site"]: row for row in cli("inspect", gpt2, "--json").json}
     assert list(rows) == [
-        "transformer.wpe", "transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj",
+        "transformer.wpe",
+        "transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj",
         "lm_head",
     ]  # fmt: skip
     row = rows["transformer.h.0.attn.c_attn"]
