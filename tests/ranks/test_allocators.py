@@ -26,6 +26,9 @@ ALLOCATORS = {
 each = pytest.mark.parametrize("name", list(ALLOCATORS))
 
 
+LOSSES = st.just(0.0) | st.floats(1e-9, 30)
+
+
 @st.composite
 def menus(draw: st.DrawFn, most: int = 5) -> list[Candidates]:
     """Sites that offer candidates of two forms at any cost and loss, some alike."""
@@ -35,9 +38,7 @@ def menus(draw: st.DrawFn, most: int = 5) -> list[Candidates]:
         for form in ("a", "b"):
             count = draw(st.integers(0, 4))
             costs = torch.tensor(draw(st.lists(st.floats(0.1, 50), min_size=count, max_size=count)), dtype=torch.float64)
-            losses = torch.tensor(
-                draw(st.lists(st.just(0.0) | st.floats(1e-9, 30), min_size=count, max_size=count)), dtype=torch.float64
-            )
+            losses = torch.tensor(draw(st.lists(LOSSES, min_size=count, max_size=count)), dtype=torch.float64)
             offers.append(Offer(form, torch.arange(1, count + 1), costs, losses))
         fixed, kind = draw(st.sampled_from([0.0, 3.0])), draw(st.sampled_from("xy"))
         made.append(Candidates.of(f"site{i}", offers, draw(st.floats(1, 40)), fixed=fixed, kind=kind))
