@@ -1,10 +1,11 @@
 """Image models by FLOPs of their convolutions: CIFAR ResNet-20, EfficientNet-Lite0 and DnCNN, by solver.
 
-    python tests/benchmarks/bench_images.py [--models resnet20 efficientnet dncnn] [--solvers svd whitened afm kfac]
+    python tests/benchmarks/bench_images.py [--models resnet20 efficientnet dncnn] [--solvers svd whitened afm kfac behind]
         [--kept 0.7 0.5 0.3] [--latency]
 
-Needs the shared data, and for efficientnet its two packages and pillow; `tucker` is tensorly's partial Tucker-2 of every kernel
-without calibration, at the same number of parameters. Quality is top-1 on the test images, or PSNR in dB for dncnn.
+Needs the shared data, and for efficientnet its two packages and pillow. `behind` is kfac on the inputs that the already
+compressed layers produce. `tucker` is tensorly's partial Tucker-2 of every kernel, without calibration, of the same size.
+Quality is top-1 on the test images, or PSNR in dB for dncnn.
 Calibrated on 1,000 training images (resnet20), on every second one of the 500 images with the others for the score
 (efficientnet), on 24 other images cut to 96 x 96 (dncnn). Latency: ONNX Runtime, batch 32, as a ratio to the dense model.
 """
@@ -30,6 +31,9 @@ from lrc.measure import measure_latency
 from lrc.program import Program
 
 CROP = 96
+SOLVERS = {
+    "behind": {"type": "kfac", "fisher": "outputs", "damping_out": 0.01, "propagate": "compressed", "blend": 1.0},
+}
 
 
 @dataclass
@@ -116,7 +120,7 @@ def faster(dense: Program, program: Program, example: dict[str, Tensor]) -> floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet20", "efficientnet", "dncnn"])
-    parser.add_argument("--solvers", nargs="+", default=["svd", "whitened", "afm", "kfac"])
+    parser.add_argument("--solvers", nargs="+", default=["svd", "whitened", "afm", "kfac", "behind"])
     parser.add_argument("--kept", type=float, nargs="+", default=[0.7, 0.5, 0.3])
     parser.add_argument("--latency", action="store_true")
     options = parser.parse_args()
@@ -129,7 +133,12 @@ def main() -> None:
         for kept in options.kept:
             for solver in options.solvers:
                 began = time.perf_counter()
-                step = {"type": "factorize", "ignore": given.ignore, "solver": solver, "rank": {"flops_kept": kept}}
+                step = {
+                    "type": "factorize",
+                    "ignore": given.ignore,
+                    "solver": SOLVERS.get(solver, solver),
+                    "rank": {"flops_kept": kept},
+                }
                 spec = {"version": 1, "passes": [step]}
                 done = lrc.compile(program.clone(), spec, calibration=given.batches, cache=WORK / "cache")
                 seconds = time.perf_counter() - began
