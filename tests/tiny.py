@@ -310,13 +310,17 @@ def finished(bert: Path, spec: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def decoder_spec(data: Path) -> Path:
-    """A spec of the whole job on the decoder, beside its data."""
-    path = data / "decoder.yaml"
+def decoder_spec(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A spec of the whole job on the decoder."""
+    path = tmp_path_factory.mktemp("decoder_spec") / "decoder.yaml"
     path.write_text(f"""\
 version: 1
 passes: [{{type: factorize, targets: ["{LAYERS}"], solver: svd, rank: {{params_kept: 0.7}}}}]
-evaluate: {{dataset: stream.txt, samples: 4, max_length: 16, metrics: [perplexity, {{type: generation, tokens: 6, prompt: 5}}]}}
+evaluate:
+  dataset: {data / "stream.txt"}
+  samples: 4
+  max_length: 16
+  metrics: [perplexity, {{type: generation, tokens: 6, prompt: 5}}]
 export: [{{format: onnx}}]
 """)
     return path
