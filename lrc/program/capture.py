@@ -69,6 +69,8 @@ def _export(model: nn.Module, spec: Inputs, extra: Mapping[str, Any]) -> tuple[t
                 kwargs = {**spec.examples, **extra}
                 return torch.export.export(model, (), kwargs=kwargs, dynamic_shapes=shapes, strict=False), spec
         except Exception as error:  # a model's own code may raise anything
+            if is_interrupt(error):
+                raise KeyboardInterrupt from error
             narrowed = narrow(spec, str(error))
             if narrowed is None:
                 raise refused(error, type(model).__name__) from error
@@ -248,6 +250,15 @@ def refused(error: BaseException, name: str) -> CaptureError:
         message=f"torch.export refused the model: {type(error).__name__}: {_first_line(error)}",
         hint="Rewrite that line without control flow that depends on values, or compile the part of the model around it",
     )
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Say whether an error hides a Ctrl-C: Python wraps what is raised while a class is being made, as imports do."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _first_line(error: BaseException) -> str:

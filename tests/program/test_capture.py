@@ -501,3 +501,15 @@ def test_arguments_of_an_exported_program_that_are_no_tensors_are_those_of_the_e
             program(x, False)
         with pytest.raises(UsageError, match=r"inputs.times: expected 3"):
             program(x, True, times=4)
+
+
+def test_an_interrupt_that_python_wrapped_stays_an_interrupt() -> None:
+    class Interrupted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as error:  # as `__set_name__` does in Python 3.11
+                raise RuntimeError("Error calling __set_name__") from error
+
+    with pytest.raises(KeyboardInterrupt):
+        capture_module(Interrupted(), torch.randn(2, 3))
