@@ -91,7 +91,7 @@ class FlopsKept(BudgetPolicy):
 def flops_kept(curves: Sequence[SiteCurve], options: FlopsKept, setting: Setting) -> Allocation:
     """Return a rank for every site such that all together need at most `options.flops_kept` of the FLOPs they need now.
 
-    A site counts by its input rows per sample (a pooler sees one). A multiply-add counts 2, an added bias 1. Raises
+    A site counts by its output rows per sample (a pooler gives one). A multiply-add counts 2, an added bias 1. Raises
     UsageError when not even the smallest ranks fit.
     """
     return kept_share(curves, options, "flops_kept", options.flops_kept, setting)
