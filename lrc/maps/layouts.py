@@ -42,6 +42,9 @@ class Layout(Protocol):
     def outputs(self, value: Tensor) -> Tensor:
         """Return what a site gives as rows, (..., out_features)."""
 
+    def obstacle(self) -> str | None:
+        """Return why no product of two factors stands for such a tensor, or None."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -71,6 +74,10 @@ class Rows:
     def outputs(self, value: Tensor) -> Tensor:
         """Return the value itself."""
         return value
+
+    def obstacle(self) -> str | None:
+        """Return None: there always is one."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,11 @@ class Patches:
         """Return (batch, channels, *sizes) with the channels last."""
         return value.movedim(1, -1)
 
+    def obstacle(self) -> str | None:
+        """Return the groups, where there are several."""
+        groups = self.geometry.groups
+        return f"a convolution in {groups} groups, each of which sees channels of its own" if groups > 1 else None
+
 
 @dataclass(frozen=True)
 class Indices:
@@ -140,6 +152,10 @@ class Indices:
     def outputs(self, value: Tensor) -> Tensor:
         """Return the value itself."""
         return value
+
+    def obstacle(self) -> str | None:
+        """Return None: there always is one."""
+        return None
 
 
 def planned(layout: Layout, shape: tuple[int, int], rank: int, *, bias: bool) -> LinearMap:

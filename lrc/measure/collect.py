@@ -15,7 +15,7 @@ from lrc.measure.cotangents import Fisher, cotangent
 from lrc.measure.samples import SampleSums
 from lrc.measure.second_moments import Counts, SecondMoment
 from lrc.measure.stored import load_moments, store_moments
-from lrc.measure.taps import Tap, padding_masks, pieces, placeholder_values, row_mask, rows_of, taps_of, traced_masks
+from lrc.measure.taps import Tap, padding_masks, pieces, placeholder_values, row_mask, rows_of, tap_mask, taps_of, traced_masks
 from lrc.program import Program
 from lrc.program.readout import readout
 from lrc.solvers import Moments, Need
@@ -138,10 +138,8 @@ class Walk(fx.Interpreter):
             self.seen[n] = value.clone() if self.in_place else value
 
     def mask_of(self, tap: Tap, node: fx.Node, value: Tensor) -> Tensor | None:
-        """Return which rows of what a tap reads, or gives, are no padding; None for all, as the pixels of an image are."""
-        if tap.layout.kind == "conv":
-            return None
-        return row_mask(node, value, self.masks, self.traced, whole=tap.layout.kind == "embedding" and node is tap.reads)
+        """Return which rows of what a tap reads, or gives, are no padding; None for all."""
+        return tap_mask(tap, node, value, self.masks, self.traced)
 
     def _backward(
         self, outputs: Mapping[str, Tensor], batch: Batch, fisher: Fisher, draws: int, generator: torch.Generator

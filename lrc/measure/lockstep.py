@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from lrc.data import Batch, Batches
 from lrc.maps import Layout
 from lrc.measure.second_moments import CrossMoment, SecondMoment
-from lrc.measure.taps import Tap, padding_masks, pieces, placeholder_values, row_mask, taps_of, traced_masks
+from lrc.measure.taps import Tap, padding_masks, pieces, placeholder_values, tap_mask, taps_of, traced_masks
 from lrc.program import Program
 from lrc.solvers import Moments
 
@@ -86,7 +86,7 @@ class Lockstep:
         steppers: Iterable[tuple[Batch, Stepper, Stepper]] = zip(self.batches, self._dense, self._compressed, strict=True)
         for batch, dense, compressed in steppers:
             x, seen = dense.advance_to(reads.name), compressed.advance_to(reads.name)
-            mask = None if layout.kind == "conv" else row_mask(reads, x, padding_masks(batch), traced)
+            mask = tap_mask(tap, reads, x, padding_masks(batch), traced)
             for (left, _), (right, _) in zip(pieces(layout, x, mask), pieces(layout, seen, mask), strict=True):
                 gram.add(right)
                 cross.add(left, right)

@@ -60,6 +60,15 @@ def row_mask(
     return None
 
 
+def tap_mask(
+    tap: Tap, node: fx.Node, value: Tensor, masks: Mapping[str, Tensor], shapes: Mapping[str, Tensor]
+) -> Tensor | None:
+    """Return the `row_mask` of what a tap reads, or gives; the pixels of an image are never padding."""
+    if tap.layout.kind == "conv":
+        return None
+    return row_mask(node, value, masks, shapes, whole=tap.layout.kind == "embedding" and node is tap.reads)
+
+
 def padding_masks(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the two-dimensional masks of a batch that hide a token."""
     return {

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrc.errors import SiteError, UsageError
-from lrc.maps import Patches
 from lrc.program import Program
 from lrc.run.session import Session
 from lrc.spec.patterns import Candidate, select
@@ -46,10 +45,8 @@ def select_sites(program: Program, session: Session, options: Any, index: int) -
 
 def _kept(program: Program, fqn: str, options: Any) -> str | None:
     """Return the reason why a site is out of the question for a pass, or None."""
-    layout = program.sites[fqn].layout
-    if isinstance(layout, Patches) and layout.geometry.groups > 1 and fqn not in program.maps:
-        return f"a convolution in {layout.geometry.groups} groups, each of which sees channels of its own"
-    return _tied(program, fqn, options)
+    obstacle = None if fqn in program.maps else program.sites[fqn].layout.obstacle()
+    return obstacle or _tied(program, fqn, options)
 
 
 def _tied(program: Program, fqn: str, options: Any) -> str | None:
