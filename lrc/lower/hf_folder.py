@@ -62,6 +62,9 @@ def write_config(program: Program, path: Path) -> None:
         sites |= {module: made.structure() for module, made in program.placed(fqn).items()}
     if sites:
         config["lrc"] = {"format": 1, "task": program.task, "sites": sites}
+    idle = sorted({*(kept or {}).get("idle", ()), *program.idle})
+    if idle:
+        config["lrc"]["idle"] = idle
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -8,6 +8,7 @@ from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
 from lrc.maps.lookup import Lookup
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.scaled_outputs import scale_outputs
 from lrc.maps.simplify import Folded, fold, simplify
 from lrc.maps.structure import pivoted_structure, restore
 
@@ -40,5 +41,6 @@ __all__ = [
     "pivoted_structure",
     "planned",
     "restore",
+    "scale_outputs",
     "simplify",
 ]

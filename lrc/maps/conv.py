@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lrc.maps.base import Affine, Cost, InParts, LinearMap, Structure, as_parameter, exact_bias
+from lrc.maps.composites import chain_names
 
 CONV = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -99,20 +100,27 @@ class ConvChain(InParts):
 
     Along every spatial dimension at most one of them has a kernel larger than 1, a stride or a padding; so what they stand
     for is again one kernel. Channel factorisation: A has the whole kernel and B is 1 x 1. Spatial split: A is k x 1, B is
-    1 x k. Tucker-2: A and B are 1 x 1, R has the kernel. Kernels are stored as `<site>.A`, `<site>.B`.
+    1 x k. Tucker-2: A and B are 1 x 1, R has the kernel. Canonical polyadic: A and B are 1 x 1, and between them every channel
+    has a kernel of its own along each dimension. Kernels are stored as `<site>.A`, `<site>.B`.
     """
 
     word: ClassVar[str] = "conv_chain"
 
     def __init__(self, kernels: Sequence[Tensor], geometries: Sequence[Geometry], bias: Tensor | None = None) -> None:
         super().__init__()
-        self.names = ("B", "A") if len(kernels) == 2 else ("B", "R", "A")
+        self.names = chain_names(len(kernels))
         for name, kernel in zip(self.names, kernels, strict=True):
             setattr(self, name, as_parameter(kernel))
         self.geometries = tuple(geometries)
         self.out_features = kernels[0].shape[0]
         self.in_features = kernels[-1].shape[1] * math.prod(math.prod(kernel.shape[2:]) for kernel in kernels)
         self.set_bias(bias)
+
+    @property
+    def groups(self) -> int:
+        """The groups of the one convolution that the chain stands for: those of every part, or 1 where they differ."""
+        counts = {geometry.groups for geometry in self.geometries}
+        return counts.pop() if len(counts) == 1 else 1
 
     @property
     def kernels(self) -> tuple[Tensor, ...]:
@@ -142,6 +150,7 @@ class ConvChain(InParts):
             tuple(math.prod(g.stride[dim] for g in self.geometries) for dim in dims),
             tuple(sum(g.padding[dim] for g in self.geometries) for dim in dims),
             tuple(max(g.dilation[dim] for g in self.geometries) for dim in dims),
+            self.groups,
         )
         return Conv(self.weight, geometry, self.bias)
 
@@ -170,9 +179,15 @@ class ConvChain(InParts):
 
     def _composed(self) -> Tensor:
         """Return the product of the kernels in float64: channels contracted, spatial sizes side by side."""
-        composed = self.kernels[-1].detach().double()
-        for kernel in reversed(self.kernels[:-1]):
-            composed = _after(kernel.detach().double(), composed)
+        groups = self.groups
+        parts = [
+            kernel.detach().double() if geometry.groups == groups else _ungrouped(kernel.detach().double(), geometry.groups)
+            for geometry, kernel in zip(self.geometries, self.kernels, strict=True)
+        ]
+        composed = parts[-1]
+        for kernel in reversed(parts[:-1]):
+            pairs = zip(kernel.chunk(groups), composed.chunk(groups), strict=True)
+            composed = torch.cat([_after(left, right) for left, right in pairs])
         return composed
 
     def __repr__(self) -> str:
@@ -187,6 +202,16 @@ def _after(left: Tensor, right: Tensor) -> Tensor:
     product = product.reshape(left.shape[0], right.shape[1], *right.shape[2:], *left.shape[2:])
     order = [place for dim in range(dims) for place in (2 + dim, 2 + dims + dim)]
     return product.permute(0, 1, *order).reshape(left.shape[0], right.shape[1], *shape)
+
+
+def _ungrouped(kernel: Tensor, groups: int) -> Tensor:
+    """Return the kernel of one group that does the same: zeros between the groups' channels."""
+    out, into = kernel.shape[0] // groups, kernel.shape[1]
+    whole = kernel.new_zeros(kernel.shape[0], groups * into, *kernel.shape[2:])
+    for group in range(groups):
+        rows = slice(group * out, (group + 1) * out)
+        whole[rows, group * into : (group + 1) * into] = kernel[rows]
+    return whole
 
 
 def _plain(geometry: Geometry) -> dict[str, Any]:

@@ -119,6 +119,10 @@ class Patches:
         """Return (batch, channels, *sizes) with the channels last."""
         return value.movedim(1, -1)
 
+    def size(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Return (out_channels, in_channels of a group, *kernel) of a matrix of this shape."""
+        return shape[0], shape[1] // math.prod(self.kernel), *self.kernel
+
     def obstacle(self) -> str | None:
         """Return the groups, where there are several."""
         groups = self.geometry.groups

@@ -106,6 +106,10 @@ def install(model: nn.Module, section: Mapping[str, Any]) -> None:
             place = _place(model, fqn, prefix)
             if place is not None:
                 model.set_submodule(place, restore(structure))
+        for module in section.get("idle", ()):
+            place = _place(model, module, prefix)
+            if place is not None:
+                model.set_submodule(place, nn.Identity())
     finally:
         torch.set_default_dtype(previous)
 

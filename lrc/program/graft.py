@@ -36,6 +36,8 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
             _put(twin, module, made)
         if site.tied:
             untie(twin)
+    for module in program.idle:
+        twin.set_submodule(module, nn.Identity())
     forget_ties(twin)
     return twin
 

@@ -53,7 +53,8 @@ class Program:
     """A captured graph with named tensor inputs and a mapping of named tensors as output.
 
     graph_module: the graph; inputs: its examples and dynamic sizes; names: the stored tensors in model order; maps: what
-    stands at the raised sites now, by site; made_by: the pass that put it there.
+    stands at the raised sites now, by site; made_by: the pass that put it there. idle: modules of the captured model whose work
+    a site has taken over: an identity stands for them.
     """
 
     graph_module: fx.GraphModule
@@ -63,6 +64,7 @@ class Program:
     origin: Origin = field(default_factory=Origin)
     maps: dict[str, LinearMap] = field(default_factory=dict)
     made_by: dict[str, str] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
 

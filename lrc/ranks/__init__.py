@@ -32,6 +32,7 @@ from lrc.ranks.budgets import (
     size_mb,
 )
 from lrc.ranks.candidates import Candidates, Offer, Unit
+from lrc.ranks.fronts import Front
 from lrc.ranks.policies import (
     BreakevenRank,
     EnergyRank,
@@ -88,9 +89,24 @@ def rounded(rank: int, round_to: int) -> int:
 def _worth(curve: SiteCurve, rank: int) -> Choice:
     """Return the rank, or dense where the product would be no smaller."""
     rank = min(rank, curve.full_rank)
+    if curve.only:
+        return _of_front(curve, rank)
     if curve.size(rank) < curve.dense_size:
         return Choice(rank, form=curve.form_at(rank))
     return Choice(None, f"rank {rank} needs {curve.size(rank)} numbers, the dense weight {curve.dense_size}")
+
+
+def _of_front(curve: SiteCurve, rank: int) -> Choice:
+    """Return the smallest product of the fronts that loses no more than two factors of that rank, or else the closest one."""
+    (front,) = curve.fronts
+    order = front.numbers.argsort(stable=True).tolist()
+    enough = [i for i in order if front.losses[i] <= curve.losses[min(rank, len(curve.losses) - 1)]]
+    place = enough[0] if enough else int(front.losses.argmin())
+    ranks = front.ranks[place]
+    size = int(front.numbers[place]) + curve.extra
+    if size < curve.dense_size:
+        return Choice(min(ranks), form=front.form, ranks=ranks)
+    return Choice(None, f"{front.form} of rank {ranks} needs {size} numbers, the dense weight {curve.dense_size}")
 
 
 __all__ = [
@@ -105,6 +121,7 @@ __all__ = [
     "FlopsKept",
     "Form",
     "FractionRank",
+    "Front",
     "LatencyKept",
     "LatencyMs",
     "Offer",

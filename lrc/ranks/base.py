@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from torch import Tensor
 
 from lrc.ranks.candidates import Candidates, Offer, Unit
+from lrc.ranks.fronts import Front
 from lrc.spec.base import SpecModel, unknown_key
 from lrc.spec.registry import RANKS, Rule
 
@@ -51,7 +52,8 @@ class SiteCurve:
     index: what an index vector of the outputs takes, in numbers of the weight's dtype, `itemsize` bytes each. now: what
     the site costs as it is, beside its bias, in units where that is not what a dense weight costs. rows: output rows per
     sample, all uses together. looked_up: the input is an index, which multiplies nothing. times: what was measured, where a
-    budget of time asks for it.
+    budget of time asks for it. groups: of a weight in as many blocks of rows, each of which reads inputs of its own; every
+    block has the rank. fronts: products in further forms; only: those of the fronts alone are on offer.
     """
 
     name: str
@@ -69,6 +71,9 @@ class SiteCurve:
     rows: float = 1.0
     looked_up: bool = False
     times: Times | None = None
+    groups: int = 1
+    fronts: tuple[Front, ...] = ()
+    only: bool = False
 
     @property
     def dense_size(self) -> int:
@@ -83,7 +88,7 @@ class SiteCurve:
     @property
     def full_rank(self) -> int:
         """The largest rank there is."""
-        return min(self.out_features, self.in_features)
+        return min(self.out_features // self.groups, self.in_features)
 
     def form_at(self, rank: int) -> ProductForm:
         """Return the form of a rank-`rank` product: as asked for, or the one that takes fewer bytes, index included."""
@@ -93,7 +98,7 @@ class SiteCurve:
 
     def size(self, rank: int) -> int:
         """Return the numbers of a rank-`rank` product in the curve's form."""
-        return product_size(self.out_features, self.in_features, rank, self.form_at(rank)) + self.extra
+        return product_size(self.out_features, self.groups * self.in_features, rank, self.form_at(rank)) + self.extra
 
     def candidates(self, unit: Unit, round_to: int = 1) -> Candidates:
         """Return the products that cost less than the site as it is, in multiples of `round_to`, and the site as it is.
@@ -101,7 +106,7 @@ class SiteCurve:
         A product that takes no fewer bytes than what stands there is none, whatever its cost in another unit, nor is one whose
         measured time is not below that of the site as it is, beyond noise.
         """
-        ranks = torch.arange(0, min(len(self.losses) - 1, self.full_rank) + 1, round_to)[1:]
+        ranks = torch.arange(0, 0 if self.only else min(len(self.losses) - 1, self.full_rank) + 1, round_to)[1:]
         pivots = torch.tensor([self.form_at(int(rank)) == "pivoted" for rank in ranks], dtype=torch.bool)
         free = unit == "ms" and self.form == "auto"  # the smaller form need not be the faster one
         offered: dict[ProductForm, Tensor] = {
@@ -112,13 +117,16 @@ class SiteCurve:
         for form, of_form in offered.items():
             of_form = of_form[self.cost("bytes", form, of_form) < self.stored]
             offers.append(Offer(form, of_form, self.cost(unit, form, of_form), self.losses.double()[of_form]))
+        for front in self.fronts:
+            allowed = self.of_front("bytes", front) < self.stored
+            offers.append(front.offer(allowed, self.of_front(unit, front)))
         below = self.present(unit) * (1 - NOISE if unit == "ms" else 1)
         kind = f"{re.sub(r'[0-9]+', '*', self.name)} {self.out_features} x {self.in_features}"
         return Candidates.of(self.name, offers, self.present(unit), below=below, fixed=self.fixed(unit), kind=kind)
 
     def cost(self, unit: Unit, form: ProductForm, ranks: Tensor) -> Tensor:
         """Return what products of `ranks` (k,) in `form` cost beside the dense bias, (k,), float64."""
-        m, n = self.out_features, self.in_features
+        m, n = self.out_features, self.groups * self.in_features
         product = (ranks * (m + n - (ranks if form == "pivoted" else 0))).double()
         if unit == "numbers":
             return product + self.extra
@@ -128,6 +136,17 @@ class SiteCurve:
             multiplied = ranks * m if self.looked_up else product
             return (2 * multiplied + self.extra) * self.rows
         return self._measured.at(form, ranks)
+
+    def of_front(self, unit: Unit, front: Front) -> Tensor:
+        """Return what the products of a front cost beside the dense bias, (k,), float64."""
+        return front.costs(unit, self.extra, self.rows, self.itemsize)
+
+    def of_choice(self, unit: Unit, form: str, rank: int, ranks: tuple[int, ...]) -> float:
+        """Return what one product costs beside the dense bias."""
+        for front in self.fronts:
+            if front.form == form:
+                return float(self.of_front(unit, front)[front.place(ranks or (rank,))])
+        return float(self.cost(unit, form, torch.tensor([rank])))  # type: ignore[arg-type]  # of a product
 
     def present(self, unit: Unit) -> float:
         """Return what the site costs as it is, beside its bias; the bytes are those that rewriting it frees."""
@@ -169,11 +188,12 @@ def product_size(out_features: int, in_features: int, rank: int, form: Form) -> 
 
 @dataclass(frozen=True)
 class Choice:
-    """The rank and form of one site, or None and the reason why it stays dense."""
+    """The rank and form of one site, or None and the reason why it stays dense. ranks: all of them, where there are several."""
 
     rank: int | None
     reason: str = ""
     form: str = ""
+    ranks: tuple[int, ...] = ()
 
 
 class RankPolicy(SpecModel):

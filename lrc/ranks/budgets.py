@@ -203,7 +203,7 @@ def share_out(sites: Sequence[Candidates], budget: Budget, setting: Setting, uni
 
 def _choice(site: Candidates, place: int, unit: Unit) -> Choice:
     if place < len(site.ranks):
-        return Choice(site.ranks[place], form=site.forms[place])
+        return Choice(site.ranks[place], form=site.forms[place], ranks=site.every[place])
     if not site.ranks:
         return Choice(None, f"no rank makes it {SMALLER[unit]}")
     return Choice(None, f"the budget leaves it dense: {WORTH[unit]} worth more here than elsewhere")

@@ -12,21 +12,25 @@ Unit = Literal["numbers", "bytes", "flops", "ms"]
 
 @dataclass(frozen=True)
 class Offer:
-    """Products of one form: ranks (k,) int64, costs (k,) float64, losses (k,) float64."""
+    """Products of one form: ranks (k,) int64, costs (k,) float64, losses (k,) float64.
+
+    every: where products have several ranks, all of them; `ranks` then holds the smallest.
+    """
 
     form: str
     ranks: Tensor
     costs: Tensor
     losses: Tensor
+    every: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Candidates:
     """What one site may become: products by growing cost and falling loss, then the site as it is, without loss.
 
-    ranks, forms: of the products, k of them; only who made them reads these. costs, losses: (k + 1,), float64; costs grow
-    strictly. fixed: what the site costs besides, whatever is chosen. kind: sites of one kind are alike (the same layer of
-    another block).
+    ranks, forms, every: of the products, k of them (see `Offer`); only who made them reads these. costs, losses:
+    (k + 1,), float64; costs grow strictly. fixed: what the site costs besides, whatever is chosen. kind: sites of one kind are
+    alike (the same layer of another block).
     """
 
     name: str
@@ -36,6 +40,7 @@ class Candidates:
     losses: Tensor
     fixed: float = 0.0
     kind: str = ""
+    every: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(
@@ -54,6 +59,7 @@ class Candidates:
         """
         made = [offer for offer in offers if len(offer.ranks)]
         forms = [offer.form for offer in made for _ in offer.ranks]
+        every = [ranks for offer in made for ranks in offer.every or [()] * len(offer.ranks)]
         ranks = torch.cat([torch.empty(0, dtype=torch.int64), *(offer.ranks for offer in made)])
         costs = torch.cat([torch.empty(0, dtype=torch.float64), *(offer.costs for offer in made)])
         losses = torch.cat([torch.empty(0, dtype=torch.float64), *(offer.losses for offer in made)])
@@ -71,6 +77,7 @@ class Candidates:
             torch.cat([losses[order], losses.new_zeros(1)]),
             fixed,
             kind,
+            tuple(every[i] for i in order.tolist()),
         )
 
     def best(self, price: float) -> int:

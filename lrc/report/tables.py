@@ -30,9 +30,10 @@ def plan_table(plan: Plan) -> RenderableType:
 def _row(d: Decision, timed: bool) -> tuple[str, ...]:
     loss = f"{d.predicted:.3g}" if d.predicted is not None else ""
     note = "; ".join(([f"stays dense: {d.keep}"] if d.keep else []) + list(d.notes))
+    rank = "×".join(map(str, d.ranks)) or str(d.rank or "")
     ms = f"{d.latency[0]:.3g} → {d.latency[1]:.3g}" if d.latency else ""
     return (
-        d.name, d.rule, d.before.text, str(d.rank or ""), d.form or "", share(d.after.parameters, d.before.parameters),
+        d.name, d.rule, d.before.text, rank, d.form or "", share(d.after.parameters, d.before.parameters),
         loss, f"{count(d.before.flops)} → {count(d.after.flops)}", f"{size(d.before.bytes)} → {size(d.after.bytes)}",
         *([ms] if timed else []), note,
     )  # fmt: skip

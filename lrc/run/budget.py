@@ -1,5 +1,6 @@
 """What a budget must know of the program beside spectra, and what the plan says of how it was spent."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from lrc.measure import digest
 from lrc.measure.operators import BASELINE, measure_operators
 from lrc.measure.workload import Shapes, rows_per_sample, shapes_at, shapes_per_use, typical
 from lrc.program import Program, Site
-from lrc.ranks import SiteCurve, Times, Unit, measured_ranks
+from lrc.ranks import Front, SiteCurve, Times, Unit, measured_ranks
 from lrc.run.plan import Decision
 from lrc.run.session import Session
 from lrc.run.summary import outline
@@ -56,18 +57,38 @@ def timed(
         key: measure_operators(session.cache, structures, shape, indices=indices(site), dtype=site.dtype, device=device)
         for key, (structures, shape, site) in session.track("time", wanted.items())
     }
-    return {fqn: replace(curve, times=together([tables[key] for key in uses[fqn]])) for fqn, curve in curves.items()}
+    return {fqn: with_times(curve, [tables[key] for key in uses[fqn]]) for fqn, curve in curves.items()}
 
 
 def operators(site: Site, curve: SiteCurve, round_to: int) -> dict[str, Structure]:
     """Return what is measured for a site, by name: what stands there, and products of some ranks in the forms asked for."""
     found = {BASELINE: site.map.structure()}
     for form in site.layout.forms:
-        if curve.form in ("auto", form):
+        if curve.form in ("auto", form) and not curve.only:
             for rank in measured_ranks(curve, form, round_to):
                 made = outline(site, rank, form, bias=bool(curve.bias or curve.extra))
                 found[f"{form} {rank}"] = made.structure()
+    for front in curve.fronts:
+        for place in front.measured():
+            ranks = front.ranks[place]
+            made = outline(site, min(ranks), front.form, bias=bool(curve.bias or curve.extra), ranks=ranks)
+            found[label(front, place)] = made.structure()
     return found
+
+
+def label(front: Front, place: int) -> str:
+    """Return the name of a product of a front in a table of times."""
+    return f"{front.form} {'x'.join(map(str, front.ranks[place]))}"
+
+
+def with_times(curve: SiteCurve, tables: list[Table]) -> SiteCurve:
+    """Return a curve with the times of its products, all uses of the site together."""
+    total = {name: sum(table[name] for table in tables) for name in tables[0]}
+    fronts = []
+    for front in curve.fronts:
+        times = [total.pop(label(front, place), math.inf) for place in range(len(front.ranks))]
+        fronts.append(replace(front, times=torch.tensor(times, dtype=torch.float64)))
+    return replace(curve, times=together([total]), fronts=tuple(fronts))
 
 
 def indices(site: Site) -> int:
@@ -133,5 +154,6 @@ def costs(curve: SiteCurve, unit: Unit, decision: Decision) -> tuple[float, floa
     before = curve.present(unit) + curve.fixed(unit)
     if decision.keep is not None or decision.rank is None:
         return before, before
-    product = curve.cost(unit, decision.form, torch.tensor([decision.rank]))  # type: ignore[arg-type]  # of a product
-    return before, float(product) + curve.fixed(unit)
+    assert decision.form is not None, "a product has a form"
+    product = curve.of_choice(unit, decision.form, decision.rank, decision.ranks)
+    return before, product + curve.fixed(unit)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, S
 
 from pydantic import Field, field_validator, model_validator
 
+from lrc.forms import NAMES as FORMS
 from lrc.maps import LinearMap
 from lrc.measure.workload import Workload
 from lrc.program import Program
@@ -35,6 +36,7 @@ class PassOptions(Tagged):
     ignore: list[str] = Field(default=[], description="Patterns of sites that stay as they are.")
     optional: bool = Field(default=False, description="Let a pattern match nothing; otherwise that is an error.")
     needs: ClassVar[frozenset[Need]] = frozenset()
+    decomposes: ClassVar[bool] = False
 
     @field_validator("targets", "ignore")
     @classmethod
@@ -47,6 +49,7 @@ class PassOptions(Tagged):
 class RankedOptions(PassOptions):
     """A pass whose maps have a rank, chosen from a decomposition of every weight."""
 
+    decomposes: ClassVar[bool] = True
     solver: Annotated[SolverOptions, Registered(SOLVERS)] = Field(
         description="How a weight is decomposed: a name, or a mapping with `type`."
     )
@@ -57,8 +60,10 @@ class RankedOptions(PassOptions):
         "programming (exact), equally (uniform), or by the inverse logarithm of the loss (loss_log_inverse); auto: global "
         "where the solver's losses may be compared between layers (kfac), else uniform.",
     )
-    form: Literal["auto", "two_factor", "pivoted"] = Field(
-        default="auto", description="How a rank-r product is stored: r(m+n) or r(m+n-r) numbers; auto: the smaller."
+    form: Literal[*FORMS] = Field(  # type: ignore[valid-type]  # the list of forms is one tuple
+        default="auto",
+        description="How a rank-r product is stored: r(m+n) or r(m+n-r) numbers; for convolutions also as several smaller "
+        "ones. auto: the smaller; under a budget, for convolutions, that of the least loss for its cost.",
     )
     round_to: int = Field(default=1, ge=1, description="Ranks are multiples of this.")
     at: Workload = Field(default=Workload(), description="Shapes that a budget of FLOPs or time counts at.")
@@ -91,10 +96,14 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known of one site: its calibration moments, and for a ranked pass the decomposition of its weight."""
+    """What is known of one site: its calibration moments, and for a ranked pass the decomposition of its weight.
+
+    ranks: those that were decided, where a form has several.
+    """
 
     moments: Moments = field(default_factory=Moments)
     terms: Decomposition | None = None
+    ranks: tuple[int, ...] = ()
 
     @property
     def decomposition(self) -> Decomposition:

@@ -33,8 +33,8 @@ class Decision:
     """What one pass does with one group of sites.
 
     sites: fully qualified names, most often one. rule: the pattern that chose them. rank, full_rank, form: of a low-rank
-    product (full_rank: the largest there could be), or None. predicted: the solver's loss at that rank, in `unit`.
-    keep: the reason why nothing changes, or None.
+    product (full_rank: the largest there could be), or None; ranks: all of them where a form has several, else
+    none. predicted: the solver's loss at that rank, in `unit`. keep: the reason why nothing changes, or None.
     after_sites: groups that must be applied before this one (`propagate: compressed`). notes: fallbacks and the like.
     latency: measured ms of the operators before and after, where a budget of time asked for them.
     """
@@ -54,6 +54,7 @@ class Decision:
     after_sites: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     latency: tuple[float, float] | None = None
+    ranks: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

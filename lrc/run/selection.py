@@ -45,7 +45,8 @@ def select_sites(program: Program, session: Session, options: Any, index: int) -
 
 def _kept(program: Program, fqn: str, options: Any) -> str | None:
     """Return the reason why a site is out of the question for a pass, or None."""
-    obstacle = None if fqn in program.maps else program.sites[fqn].layout.obstacle()
+    asked = options.decomposes and fqn not in program.maps
+    obstacle = program.sites[fqn].layout.obstacle() if asked else None
     return obstacle or _tied(program, fqn, options)
 
 

@@ -13,6 +13,7 @@ from lrc.measure import Cache, collect, digest
 from lrc.measure.cotangents import has_classes
 from lrc.program import Program, Site
 from lrc.ranks import FixedRank, rounded
+from lrc.run.fronts import choices_of
 from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
 from lrc.solvers import Decomposition, Moments, Need
 from lrc.spec.registry import SOLVERS
@@ -138,7 +139,8 @@ class Session:
         solver, sites = options.solver, program.sites
         key = self.measured_key(program, solver.needs, solver)
         keys = {fqn: terms_key(sites[fqn], key, solver, max_rank(sites[fqn], options), self.seed) for fqn in fqns}
-        terms = Terms(self.cache, keys)
+        choices = {fqn: choices_of(sites[fqn], options, max_rank(sites[fqn], options)) for fqn in fqns}
+        terms = Terms(self.cache, keys, choices)
         missing = terms.missing()
         if missing:
             moments = self.moments(program, missing, solver.needs, solver)
@@ -146,7 +148,7 @@ class Session:
             missing.sort(key=lambda fqn: (-sites[fqn].out_features * sites[fqn].in_features, fqn))
 
             def solve(fqn: str) -> str:
-                terms.store(fqn, self.solve(sites[fqn], moments(fqn), options))
+                terms.store(sites[fqn], self.solve(sites[fqn], moments(fqn), options))
                 return fqn
 
             for _ in self.track("decompose", solve_all(missing, solve, self.workers), len(missing)):

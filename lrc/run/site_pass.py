@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from lrc.errors import LrcError, SiteError
+from lrc.forms import forms_of, kernel_form
 from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
-from lrc.ranks import Choice, allocate_ranks
+from lrc.ranks import Choice, SiteCurve, allocate_ranks
 from lrc.run.budget import check_shapes, priced, rest_of, spent, with_latency
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
@@ -106,7 +107,9 @@ class RankedSitePass(SitePass):
             made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
             if not chosen.keep:
                 made = replace(made, after_sites=before.get(chosen.fqn, ()))
-                made = self.decide(made, program.sites[chosen.fqn], found.choices[chosen.fqn], terms)
+                if kernel_form(options.form) and not curves[chosen.fqn].only and not made.notes:
+                    made = replace(made, notes=(no_front(options),))
+                made = self.decide(made, program.sites[chosen.fqn], found.choices[chosen.fqn], curves[chosen.fqn], terms)
             decisions.append(made)
         session.notices += [*found.notes, *spent(options, curves, decisions)]
         return [with_latency(options, curves, d) for d in decisions]
@@ -114,13 +117,13 @@ class RankedSitePass(SitePass):
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:
         """Return a decision that changes nothing, with the reason why the site is out of the question, if it is."""
         before = summarize(site.map)
-        notes = () if options.form in ("auto", *site.layout.forms) else (f"no {options.form} form of a {site.kind}",)
+        notes = () if options.form in ("auto", *forms_of(site.layout)) else (f"no {options.form} form of a {site.kind}",)
         return Decision(
             index, options.type, (site.fqn,), chosen.rule, before, before,
             full_rank=min(site.shape), keep=chosen.keep, notes=notes,
         )  # fmt: skip
 
-    def decide(self, decision: Decision, site: Site, choice: Choice, terms: Terms) -> Decision:
+    def decide(self, decision: Decision, site: Site, choice: Choice, curve: SiteCurve, terms: Terms) -> Decision:
         """Put what was chosen for one site into its decision."""
         found = terms.spectrum(site.fqn)
         notes = decision.notes + found.notes
@@ -128,13 +131,13 @@ class RankedSitePass(SitePass):
             return replace(decision, keep=choice.reason, notes=notes)
         form = choice.form
         bias = site.bias is not None or found.mean is not None
-        after, before = sketch(site, choice.rank, form, bias=bias), decision.before
+        after, before = sketch(site, choice.rank, form, bias=bias, ranks=choice.ranks), decision.before
         if after.bytes >= before.bytes:
             reason = f"rank {choice.rank} needs {after.bytes} bytes, what stands there {before.bytes} ({before.text})"
             return replace(decision, keep=reason, notes=notes)
-        loss = float(found.losses()[choice.rank])
         return replace(
-            decision, after=after, rank=choice.rank, form=form, predicted=loss, unit=found.unit, notes=notes
+            decision, after=after, rank=choice.rank, ranks=choice.ranks if len(choice.ranks) > 1 else (), form=form,
+            predicted=loss_of(curve, choice), unit=found.unit, notes=notes,
         )  # fmt: skip
 
     def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
@@ -149,15 +152,21 @@ class RankedSitePass(SitePass):
                 assert rank is not None, "a ranked decision that is not kept has a rank"
                 seen = moments(site.fqn)
                 terms = session.solve(site, seen, options, rank)
-                made = self.call(site, in_form(options, d), Statistics(seen, terms), rank)
+                made = self.call(site, in_form(options, d), Statistics(seen, terms, d.ranks), rank)
                 done[d.name] = put(program, d, made)
         else:
             by_name = {d.sites[0]: d for d in work}
             stored = session.decompose(program, list(by_name), options)
+            moments = session.moments(program, list(by_name), options.solver.needs, options.solver)
+            if any(kernel_form(d.form or "") for d in work):
+                moments(work[0].sites[0])  # in this thread, for all of them
 
             def make(fqn: str) -> tuple[str, Made]:
-                statistics = Statistics(terms=stored.full(fqn))
                 d = by_name[fqn]
+                found = stored.full(fqn)
+                if kernel_form(d.form or ""):  # made of the norm, which is not stored
+                    found = session.solve(program.sites[fqn], moments(fqn), options)
+                statistics = Statistics(terms=found, ranks=d.ranks)
                 return fqn, self.call(program.sites[fqn], in_form(options, d), statistics, d.rank)
 
             solved = session.track(options.type, solve_all(list(by_name), make, session.workers), len(by_name))
@@ -174,8 +183,22 @@ def compressed(options: Any) -> bool:
 
 
 def in_form(options: Any, decision: Decision) -> Any:
-    """Return the options with two factors as the form where that was decided: the smaller form may be the slower one."""
-    return options.model_copy(update={"form": "two_factor"}) if decision.form == "two_factor" else options
+    """Return the options with the form that was decided; a pivoted one may turn out as two factors."""
+    return options.model_copy(update={"form": decision.form}) if decision.form not in (None, "pivoted") else options
+
+
+def no_front(options: Any) -> str:
+    """Return the note on a site that gets two factors where another form was asked for."""
+    return f"no smaller {options.form} form, or none by the solver {options.solver.type}: two factors"
+
+
+def loss_of(curve: SiteCurve, choice: Choice) -> float:
+    """Return the predicted loss of a chosen product."""
+    assert choice.rank is not None, "a chosen product has a rank"
+    for front in curve.fronts:
+        if front.form == choice.form:
+            return float(front.losses[front.place(choice.ranks)])
+    return float(curve.losses[choice.rank])
 
 
 def put(program: Program, decision: Decision, made: Made) -> Decision:

@@ -1,7 +1,7 @@
 """Decompositions on disk: computed once for a weight, its statistics and a solver; every rank and budget reads them again."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lrc.measure import Cache, digest
 from lrc.program import Site
-from lrc.ranks import Form, SiteCurve
+from lrc.ranks import ProductForm, SiteCurve
+from lrc.run.fronts import Choices, fronts, key_of, look
 from lrc.solvers import LOSS_UNIT, Decomposition, Moments
 
 T = TypeVar("T")
@@ -32,32 +33,42 @@ def unpack(small: dict[str, Tensor], factors: dict[str, Tensor] | None = None) -
     remainder, scale, unit, notes = json.loads(bytes(small["words"].tolist()))
     nothing = small["S"].new_empty(0)
     factors = factors or {"B": nothing, "A": nothing}
-    optional = {name: small.get(name) for name in OPTIONAL}
+    optional: dict[str, Any] = {name: small.get(name) for name in OPTIONAL}
     return Decomposition(factors["B"], factors["A"], small["S"], remainder, scale, unit, notes=tuple(notes), **optional)
 
 
 class Terms:
     """The decompositions of one pass, by site."""
 
-    def __init__(self, cache: Cache, keys: dict[str, str]) -> None:
+    def __init__(self, cache: Cache, keys: dict[str, str], choices: Mapping[str, Choices] | None = None) -> None:
         self._cache = cache
         self._keys = keys
+        self._choices = choices or {}
         self._spectra: dict[str, Decomposition] = {}
+        self._losses: dict[str, dict[str, Tensor]] = {}
 
     def missing(self) -> list[str]:
         """Return the sites whose decomposition is not stored yet."""
         for fqn, key in self._keys.items():
             small = None if fqn in self._spectra else self._cache.get(f"{key}-spectrum")
-            if small is not None:
-                self._spectra[fqn] = unpack(small)
+            losses = self._cache.get(self._front_key(fqn)) if self._choices.get(fqn) and small is not None else {}
+            if small is not None and losses is not None:
+                self._spectra[fqn], self._losses[fqn] = unpack(small), losses
         return [fqn for fqn in self._keys if fqn not in self._spectra]
 
-    def store(self, fqn: str, terms: Decomposition) -> None:
-        """Store one decomposition; the spectrum last, since it says that the factors are there."""
-        small, factors = pack(terms)
+    def store(self, site: Site, terms: Decomposition) -> None:
+        """Store one decomposition and what other forms lose; the spectrum last, since it says that the factors are there."""
+        fqn, (small, factors) = site.fqn, pack(terms)
+        choices = self._choices.get(fqn)
+        losses = look(site, terms, choices) if choices else {}
+        if choices:
+            self._cache.put(self._front_key(fqn), losses)
         self._cache.put(f"{self._keys[fqn]}-factors", factors)
         self._cache.put(f"{self._keys[fqn]}-spectrum", small)
-        self._spectra[fqn] = unpack(small)
+        self._spectra[fqn], self._losses[fqn] = unpack(small), losses
+
+    def _front_key(self, fqn: str) -> str:
+        return f"{digest(self._keys[fqn], key_of(self._choices[fqn]))}-losses"
 
     def spectrum(self, fqn: str) -> Decomposition:
         """Return the decomposition without its factors."""
@@ -69,19 +80,21 @@ class Terms:
         spectrum = self._spectra[fqn]
         return None if factors is None else replace(spectrum, B=factors["B"], A=factors["A"])
 
-    def curve(self, site: Site, form: Form) -> SiteCurve:
+    def curve(self, site: Site, form: str) -> SiteCurve:
         """Return what a rank policy looks at."""
         terms = self._spectra[site.fqn]
         now, bias = site.map.cost(1), site.map.bias_cost(1)
         stays = site.fqn not in site.program.maps and bool(site.tied)  # what else reads the weight goes on reading it
-        without = any(use.bias is None for use in site.uses)
+        further = fronts(site, self._choices.get(site.fqn, {}), self._losses.get(site.fqn, {}))
+        raised = site.fqn in site.program.maps
+        without = site.bias is None if raised else any(use.bias is None for use in site.uses)
         return SiteCurve(
             name=site.fqn,
             out_features=site.out_features,
             in_features=site.in_features,
             losses=terms.losses(),
             S=terms.S,
-            form=form if "pivoted" in site.layout.forms else "two_factor",
+            form="auto" if form == "auto" and "pivoted" in site.layout.forms else of_product(site, form),
             bias=bias.parameters,
             extra=site.out_features if without and (terms.mean is not None or site.bias is not None) else 0,
             index=4 * site.out_features / site.dtype.itemsize,
@@ -93,7 +106,14 @@ class Terms:
                 "bytes": 0 if stays else now.bytes - bias.bytes,
                 "flops": now.flops - bias.flops,
             },
+            fronts=further,
+            only=bool(further) and form != "auto",
         )
+
+
+def of_product(site: Site, form: str) -> ProductForm:
+    """Return the form of a product of two factors at a site: pivoted where that is asked for and there is one."""
+    return "pivoted" if form == "pivoted" and form in site.layout.forms else "two_factor"
 
 
 def terms_key(site: Site, measured: str, solver: Any, max_rank: int, seed: int) -> str:

@@ -2,7 +2,8 @@
 
 import torch
 
-from lrc.maps import LinearMap, pivoted_structure, planned, restore
+from lrc.forms import kernel_form
+from lrc.maps import LinearMap, Patches, pivoted_structure, planned, restore
 from lrc.program import Site
 from lrc.run.plan import Summary
 
@@ -13,14 +14,17 @@ def summarize(made: LinearMap) -> Summary:
     return Summary(repr(made), cost.parameters, cost.bytes, cost.flops)
 
 
-def sketch(site: Site, rank: int, form: str, *, bias: bool) -> Summary:
+def sketch(site: Site, rank: int, form: str, *, bias: bool, ranks: tuple[int, ...] = ()) -> Summary:
     """Return what a rank-`rank` product in `form` would cost at `site`, without making one."""
-    return summarize(outline(site, rank, form, bias=bias).to(site.dtype))
+    return summarize(outline(site, rank, form, bias=bias, ranks=ranks).to(site.dtype))
 
 
-def outline(site: Site, rank: int, form: str, *, bias: bool) -> LinearMap:
-    """Return a rank-`rank` product in `form` at `site` without numbers."""
+def outline(site: Site, rank: int, form: str, *, bias: bool, ranks: tuple[int, ...] = ()) -> LinearMap:
+    """Return a rank-`rank` product in `form` at `site` without numbers. ranks: all of them, where the form has several."""
+    kernels, layout = kernel_form(form), site.layout
     with torch.device("meta"):
+        if kernels is not None and isinstance(layout, Patches):
+            return kernels.outline(layout, layout.size(site.shape), ranks or (rank,), bias=bias)
         if form == "pivoted":
             return restore(pivoted_structure(site.out_features, rank, site.in_features, bias=bias))
         return planned(site.layout, site.shape, rank, bias=bias)

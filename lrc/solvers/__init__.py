@@ -5,7 +5,7 @@ from typing import Any
 from lrc.solvers.afm import AfmSolver, LordSolver, afm, lord
 from lrc.solvers.altmin import AltminSolver, altmin
 from lrc.solvers.auto import AutoSolver, auto
-from lrc.solvers.base import LOSS_UNIT, Decomposition, Factors, Moments, Need, Solve, SolverOptions, solver
+from lrc.solvers.base import LOSS_UNIT, Decomposition, Factors, Moments, Need, Norm, Solve, SolverOptions, solver
 from lrc.solvers.fisher import FisherOptions
 from lrc.solvers.gram import GramSolver, gram
 from lrc.solvers.inputs import InputsOptions, propagated_target
@@ -42,6 +42,7 @@ __all__ = [
     "Moments",
     "Need",
     "NmfSolver",
+    "Norm",
     "Pivot",
     "RandomSolver",
     "RandomizedSolver",

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lrc.solvers.base import Decomposition, Moments, Need, SolverOptions, solver
+from lrc.solvers.base import Decomposition, Moments, Need, Norm, SolverOptions, solver
 from lrc.solvers.checks import check
 from lrc.solvers.inputs import input_moment, output_mean
 from lrc.solvers.ladder import root
@@ -88,4 +88,5 @@ def _components(weight: Tensor, bias: Tensor | None, moments: Moments, max_rank:
     order = S.argsort(descending=True, stable=True)
     U = U[:, order]
     terms = stored(U, U.T @ W, S[order], max_rank, storage_dtype(weight), balance=False)
-    return with_bias(replace(terms, scale=L.weight, unit=UNIT, notes=L.notes), weight, bias, moments, center)
+    terms = replace(terms, scale=L.weight, unit=UNIT, notes=L.notes, norm=Norm(W, None, L))
+    return with_bias(terms, weight, bias, moments, center)

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple, ParamSpec, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from lrc.solvers.ladder import Root
 from lrc.spec.base import Tagged
 from lrc.spec.registry import SOLVERS, Rule
 
@@ -65,6 +66,26 @@ class Factors(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Norm:
+    """What a solver minimises: ||Kᵀ (T - W') L||_F² over the weights W' that a form can have.
+
+    target: T (out_features, in_features), float64. left: K (see `lrc.solvers.ladder.Root`), right: L; None stands for the
+    identity.
+    """
+
+    target: Tensor
+    left: Root | None = None
+    right: Root | None = None
+
+    def loss(self, weight: Tensor) -> float:
+        """Return the squared error of a weight (out_features, in_features)."""
+        error = self.target - weight.double()
+        error = error if self.left is None else self.left.apply(error.T).T
+        error = error if self.right is None else self.right.apply(error)
+        return float(error.square().sum())
+
+
+@dataclass(frozen=True)
 class Decomposition:
     """A weight as ordered terms: `B[:, :r] @ A[:r]` is the best rank-r choice of the solver, for every r <= len(S).
 
@@ -74,6 +95,8 @@ class Decomposition:
     bias: the layer's own bias, or None. mean: mean input (in_features,) when the bias shall absorb the mean of what is
     dropped (b_r = b + target - B_r A_r mean, with target = the mean output without bias, (out_features,)), or None.
     notes: what the solver had to do that the user should know (a fallback, a raised damping), for plan and report.
+    norm: what the terms are the best in, for forms that are no product of two factors; None where there is no such norm.
+    It is not stored.
     """
 
     B: Tensor
@@ -86,6 +109,7 @@ class Decomposition:
     mean: Tensor | None = None
     target: Tensor | None = None
     notes: tuple[str, ...] = ()
+    norm: Norm | None = None
 
     def losses(self) -> Tensor:
         """Return loss(r) for r = 0 … k, shape (k + 1,), float64, non-increasing."""
@@ -101,11 +125,17 @@ class Decomposition:
         """Return the rank-`rank` factors in `dtype`. 1 <= rank <= len(S)."""
         B, A = self.product(rank)
         bias = self.bias
-        if self.mean is not None and self.target is not None:
-            shift = self.target.double() - B.double() @ (A.double() @ self.mean.double())
-            bias = shift if bias is None else bias.double() + shift
+        if self.mean is not None:
+            bias = self.bias_for(B.double() @ (A.double() @ self.mean.double()))
         B, A = B.to(dtype, copy=True).contiguous(), A.to(dtype, copy=True).contiguous()  # own memory, not a slice
         return Factors(B, A, None if bias is None else bias.to(dtype))
+
+    def bias_for(self, mean_output: Tensor) -> Tensor | None:
+        """Return the bias beside a weight that gives `mean_output` (out_features,), W' E[x], for the mean input."""
+        if self.mean is None or self.target is None:
+            return self.bias
+        shift = self.target.double() - mean_output
+        return shift if self.bias is None else self.bias.double() + shift
 
 
 class SolverOptions(Tagged):

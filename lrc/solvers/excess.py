@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrc.solvers.base import Decomposition
+from lrc.solvers.base import Decomposition, Norm
 from lrc.solvers.subspace import normal, without
 from lrc.solvers.terms import square_scale, storage_dtype, stored
 
@@ -47,7 +47,7 @@ class Found:
         if weight.shape[0] < weight.shape[1]:
             B, A = A.T, B.T
         terms = stored(B, A, self.energies.sqrt() * scale, len(self.energies), storage_dtype(weight))
-        return replace(terms, remainder=self.remainder * scale**2)
+        return replace(terms, remainder=self.remainder * scale**2, norm=Norm(weight.double()))
 
 
 def measured(W: Tensor, A: Tensor, images: Tensor) -> Found:

@@ -1,11 +1,12 @@
 """The truncated singular value decomposition, exact, on the weight alone."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lrc.solvers.base import Decomposition, Moments, SolverOptions, solver
+from lrc.solvers.base import Decomposition, Moments, Norm, SolverOptions, solver
 from lrc.solvers.checks import check
 from lrc.solvers.terms import storage_dtype, stored
 
@@ -34,4 +35,4 @@ def svd(
     U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
     root = S.sqrt()
     terms = stored(U * root, root[:, None] * Vh, S, max_rank, storage_dtype(weight), balance=False)
-    return Decomposition(terms.B, terms.A, terms.S, terms.remainder, bias=bias)
+    return replace(terms, bias=bias, norm=Norm(weight.double()))

@@ -1,9 +1,11 @@
 """The core that the exact solvers share: the best ordered terms of a weight seen through a norm on each side."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from lrc.solvers.base import Decomposition
+from lrc.solvers.base import Decomposition, Norm
 from lrc.solvers.ladder import Root
 
 
@@ -33,7 +35,7 @@ def ordered_terms(weight: Tensor, left: Root | None, right: Root | None, max_ran
         WL = W if right is None else right.apply(W)
         B = WL @ V
         A = V.T if right is None else right.solve(V.T)
-    return stored(B, A, S, max_rank, dtype)
+    return replace(stored(B, A, S, max_rank, dtype), norm=Norm(W, left, right))
 
 
 def stored(B: Tensor, A: Tensor, S: Tensor, max_rank: int, dtype: torch.dtype, *, balance: bool = True) -> Decomposition:

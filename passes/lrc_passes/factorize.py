@@ -2,7 +2,8 @@
 
 W                 ->  Chain(B, A)        r(m+n) numbers; or
 W                 ->  Pivoted(P, Z)      the same product in r(m+n-r) numbers and an index of m
-Conv              ->  ConvChain(B, A)    the kernel to r channels, and a 1 x 1 convolution after it
+Conv              ->  ConvChain(B, A)    the kernel to r channels, and a 1 x 1 convolution after it; or
+Conv              ->  ConvChain(…)       several smaller kernels (`lrc.forms`: spatial, tucker2, cp)
 Lookup            ->  Chain(B, Lookup)   a table of r columns, and a matrix after it
 
 %y = linear(%x, fc.weight: f32[m, n], fc.bias)
@@ -14,9 +15,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lrc.forms import kernel_form
 from lrc.maps import LinearMap, Pivoted
 from lrc.program import Site
 from lrc.run import Keep, RankedOptions, Rewrite, Statistics, site_pass
+from lrc.run.fronts import in_kernels
 from lrc.solvers import KfacSolver, Refusal, SolverOptions, pivot
 from lrc.spec.registry import SOLVERS, Registered
 
@@ -33,6 +36,9 @@ class Factorize(RankedOptions):
 @site_pass(Factorize)
 def factorize(site: Site, statistics: Statistics, rank: int, options: Factorize) -> LinearMap | Rewrite | Keep:
     """W -> the product B @ A of rank `rank` that the solver found closest, in its norm, in the form asked for."""
+    kernels = kernel_form(options.form)
+    if kernels is not None and kernels.fits(site.layout):
+        return smaller(in_kernels(site, statistics.decomposition, kernels, statistics.ranks or (rank,)), site, rank)
     B, A, bias = statistics.decomposition.truncate(rank, site.dtype)
     two_factor = site.layout.product(B, A, bias)
     if options.form == "two_factor" or "pivoted" not in site.layout.forms:
