@@ -13,9 +13,10 @@ from lrc.forms.fit import Behind, behind, marginal
 from lrc.maps import Geometry, Patches
 from lrc.solvers import Norm
 
-GRID = 8
+GRID = 6
 SWEEPS = 25
-WORK = 2e10  # multiply-adds that the sweeps for one rank may take
+LEAST = 4
+WORK = 5e9  # multiply-adds that the sweeps for one rank may take
 RIDGE = 1e-6  # of the mean diagonal: factors of one rank may diverge against each other
 
 
@@ -102,7 +103,7 @@ def alternate(X: Tensor, rank: int) -> list[Tensor]:
         unfolded = X.movedim(place, 0).flatten(1)
         leading = torch.linalg.eigh(unfolded @ unfolded.T)[1].flip(1)[:, :rank]
         factor[:, : leading.shape[1]] = leading
-    sweeps = int(min(SWEEPS, max(5, WORK / (X.ndim * X.numel() * rank))))
+    sweeps = int(min(SWEEPS, max(LEAST, WORK / (X.ndim * X.numel() * rank))))
     for _ in range(sweeps):
         for place in reversed(range(X.ndim)):
             others = [factor for i, factor in enumerate(factors) if i != place]

@@ -5,7 +5,7 @@ of its factors, and rows of what a site reads and gives.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -22,10 +22,17 @@ Form = Literal["two_factor", "pivoted"]
 
 
 class Layout(Protocol):
-    """What every layout says. kind: its name; forms: those that a rank-r product can be stored in."""
+    """What every layout says. kind: its name; forms: those that a rank-r product can be stored in.
+
+    groups: how many blocks of rows the matrix has that read inputs of their own; in_features are those of one block.
+    """
 
     kind: ClassVar[str]
     forms: ClassVar[tuple[Form, ...]]
+
+    @property
+    def groups(self) -> int:
+        """How many blocks there are."""
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """Return (out_features, in_features) of a tensor of this shape."""
@@ -34,16 +41,16 @@ class Layout(Protocol):
         """Return the tensor as a map; it shares its memory."""
 
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
-        """Return the map of B @ A, B (out_features, rank), A (rank, in_features)."""
+        """Return the map of B @ A, B (out_features, rank), A (rank, in_features), or (rank, groups, in_features)."""
 
     def inputs(self, value: Tensor) -> Tensor:
-        """Return what a site reads as rows, (..., in_features); indices stay indices, (..., 1)."""
+        """Return what a site reads as rows, (..., groups * in_features); indices stay indices, (..., 1)."""
 
     def outputs(self, value: Tensor) -> Tensor:
         """Return what a site gives as rows, (..., out_features)."""
 
-    def obstacle(self) -> str | None:
-        """Return why no product of two factors stands for such a tensor, or None."""
+    def obstacle(self, shape: tuple[int, int]) -> str | None:
+        """Return why no product of two factors stands for a matrix of this shape, or None."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,11 @@ class Rows:
     transposed: bool = False
     kind: ClassVar[str] = "linear"
     forms: ClassVar[tuple[Form, ...]] = ("two_factor", "pivoted")
+
+    @property
+    def groups(self) -> int:
+        """One block: all rows read the same inputs."""
+        return 1
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """Return (out_features, in_features)."""
@@ -75,7 +87,7 @@ class Rows:
         """Return the value itself."""
         return value
 
-    def obstacle(self) -> str | None:
+    def obstacle(self, shape: tuple[int, int]) -> str | None:
         """Return None: there always is one."""
         return None
 
@@ -89,6 +101,11 @@ class Patches:
     kind: ClassVar[str] = "conv"
     forms: ClassVar[tuple[Form, ...]] = ("two_factor",)
 
+    @property
+    def groups(self) -> int:
+        """The convolution's groups."""
+        return self.geometry.groups
+
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """Return (out_channels, size of a patch)."""
         return stored[0], math.prod(stored[1:])
@@ -98,14 +115,14 @@ class Patches:
         return Conv(stored, self.geometry, bias)
 
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
-        """Return a convolution to `rank` channels with the whole kernel, and one of 1 x 1 after it."""
-        dims, rank = len(self.kernel), A.shape[0]
+        """Return a convolution to `rank` channels (of every group) with the whole kernel, and one of 1 x 1 after it."""
+        dims, rows = len(self.kernel), A.shape[0] * self.groups
         outer = B.reshape(*B.shape, *(1,) * dims)
-        inner = A.reshape(rank, -1, *self.kernel)
-        return ConvChain([outer, inner], [Geometry.unit(dims), self.geometry], bias)
+        inner = A.movedim(0, -2).reshape(rows, -1, *self.kernel)  # of several groups, one after the other
+        return ConvChain([outer, inner], [replace(Geometry.unit(dims), groups=self.groups), self.geometry], bias)
 
     def inputs(self, value: Tensor) -> Tensor:
-        """Return the patches of (batch, channels, *sizes) as (batch, *output sizes, patch)."""
+        """Return the patches of (batch, channels, *sizes) as (batch, *output sizes, patch), the groups' one after the other."""
         geometry, dims = self.geometry, len(self.kernel)
         if math.prod(self.kernel) == 1 and not any(geometry.padding):
             steps = tuple(slice(None, None, s) for s in geometry.stride)
@@ -123,10 +140,13 @@ class Patches:
         """Return (out_channels, in_channels of a group, *kernel) of a matrix of this shape."""
         return shape[0], shape[1] // math.prod(self.kernel), *self.kernel
 
-    def obstacle(self) -> str | None:
-        """Return the groups, where there are several."""
-        groups = self.geometry.groups
-        return f"a convolution in {groups} groups, each of which sees channels of its own" if groups > 1 else None
+    def obstacle(self, shape: tuple[int, int]) -> str | None:
+        """Return None but for a group of one channel, whose matrix has a single row or belongs to a single kernel."""
+        out_channels, in_channels = shape[0] // self.groups, shape[1] // math.prod(self.kernel)
+        if self.groups == 1 or min(out_channels, in_channels) > 1:
+            return None
+        which = "input" if in_channels == 1 else "output"
+        return f"a convolution in {self.groups} groups of one {which} channel each: there is nothing to share between channels"
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,11 @@ class Indices:
     padding_index: int | None = None
     kind: ClassVar[str] = "embedding"
     forms: ClassVar[tuple[Form, ...]] = ("two_factor",)
+
+    @property
+    def groups(self) -> int:
+        """One block: all rows read the same inputs."""
+        return 1
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """Return (features, rows of the table)."""
@@ -157,7 +182,7 @@ class Indices:
         """Return the value itself."""
         return value
 
-    def obstacle(self) -> str | None:
+    def obstacle(self, shape: tuple[int, int]) -> str | None:
         """Return None: there always is one."""
         return None
 
@@ -166,4 +191,5 @@ def planned(layout: Layout, shape: tuple[int, int], rank: int, *, bias: bool) ->
     """Return an uninitialised product of rank `rank` and shape (out_features, in_features), on the current device."""
     out_features, in_features = shape
     added = torch.empty(out_features) if bias else None
-    return layout.product(torch.empty(out_features, rank), torch.empty(rank, in_features), added)
+    A = torch.empty(rank, in_features) if layout.groups == 1 else torch.empty(rank, layout.groups, in_features)
+    return layout.product(torch.empty(out_features, rank), A, added)

@@ -12,6 +12,7 @@ from lrc.errors import SiteError
 from lrc.maps import Layout
 from lrc.measure.cache import Cache
 from lrc.measure.cotangents import Fisher, cotangent
+from lrc.measure.grouped import GroupedMoment
 from lrc.measure.samples import SampleSums
 from lrc.measure.second_moments import Counts, SecondMoment
 from lrc.measure.stored import load_moments, store_moments
@@ -207,8 +208,10 @@ def source(tap: Tap) -> Source:
     return tap.reads, None if tap.layout.kind == "linear" else tap.layout
 
 
-def accumulator(tap: Tap, features: int) -> SecondMoment | Counts:
+def accumulator(tap: Tap, features: int) -> SecondMoment | Counts | GroupedMoment:
     """Return sums for what a tap reads: of one-hot vectors, only how often each one came."""
+    if tap.layout.groups > 1:
+        return GroupedMoment(tap.layout.groups, features)
     return Counts(features) if tap.layout.kind == "embedding" else SecondMoment(features)
 
 

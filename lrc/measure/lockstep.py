@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from lrc.data import Batch, Batches
 from lrc.maps import Layout
+from lrc.measure.grouped import GroupedCross, GroupedMoment
 from lrc.measure.second_moments import CrossMoment, SecondMoment
 from lrc.measure.taps import Tap, padding_masks, pieces, placeholder_values, tap_mask, taps_of, traced_masks
 from lrc.program import Program
@@ -81,7 +82,10 @@ class Lockstep:
 
     def _measure(self, tap: Tap, features: int) -> Moments:
         reads, layout = tap.reads, tap.layout
-        gram, cross = SecondMoment(features), CrossMoment(features)
+        gram: SecondMoment | GroupedMoment = SecondMoment(features)
+        cross: CrossMoment | GroupedCross = CrossMoment(features)
+        if layout.groups > 1:
+            gram, cross = GroupedMoment(layout.groups, features), GroupedCross(layout.groups, features)
         traced = traced_masks(self.dense)
         steppers: Iterable[tuple[Batch, Stepper, Stepper]] = zip(self.batches, self._dense, self._compressed, strict=True)
         for batch, dense, compressed in steppers:

@@ -57,7 +57,8 @@ def _unpacked(entry: Mapping[str, Tensor], names: Sequence[str], site: Site) -> 
     for name in names:
         if name in entry:
             features = site.out_features if name == "fisher" else site.in_features
-            packed = name in SYMMETRIC and (site.kind != "embedding" or name == "fisher")  # counts are a diagonal
+            matrix = site.kind != "embedding" and site.layout.groups == 1  # counts are a diagonal, groups have one matrix each
+            packed = name in SYMMETRIC and (matrix or name == "fisher")
             made[name] = unpack_symmetric(entry[name], features) if packed else entry[name]
     return made
 

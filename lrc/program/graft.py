@@ -8,6 +8,7 @@ from torch import nn
 
 from lrc.errors import LowerError
 from lrc.maps import LinearMap
+from lrc.program.edits import put
 from lrc.program.program import Program
 
 
@@ -36,6 +37,9 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
             _put(twin, module, made)
         if site.tied:
             untie(twin)
+    tensors = program.tensors()
+    for name in program.measured:
+        put(twin, name, tensors[name])
     for module in program.idle:
         twin.set_submodule(module, nn.Identity())
     forget_ties(twin)

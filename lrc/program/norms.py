@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from lrc.maps import LinearMap
+from lrc.program.edits import put
 from lrc.program.program import Program
 from lrc.program.sites import Site
 
@@ -28,6 +29,24 @@ class BatchNorm:
     shift: Tensor
     numbers: int
     bytes: int
+
+
+def norm_node(program: Program, site: Site) -> fx.Node | None:
+    """Return the batch norm in eval mode that reads what a site gives and keeps statistics of its own, or None."""
+    readers = [user for use in site.uses for user in program.nodes[use.node].users]
+    for node in readers:
+        if node.target == aten.batch_norm.default and not node.args[5]:
+            kept = [isinstance(read, fx.Node) and read.op == "get_attr" and len(read.users) == 1 for read in node.args[3:5]]
+            if all(kept):
+                return node
+    return None
+
+
+def set_statistics(program: Program, statistics: Mapping[str, Tensor]) -> None:
+    """Put other statistics of batch norms in place, by the names of their buffers; the captured module keeps its own."""
+    for name, value in statistics.items():
+        put(program.graph_module, name, value)
+    program.measured = (*program.measured, *(name for name in statistics if name not in program.measured))
 
 
 def norm_after(program: Program, site: Site) -> BatchNorm | str | None:

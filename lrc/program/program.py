@@ -54,7 +54,7 @@ class Program:
 
     graph_module: the graph; inputs: its examples and dynamic sizes; names: the stored tensors in model order; maps: what
     stands at the raised sites now, by site; made_by: the pass that put it there. idle: modules of the captured model whose work
-    a site has taken over: an identity stands for them.
+    a site has taken over: an identity stands for them. measured: buffers that a pass has given other numbers.
     """
 
     graph_module: fx.GraphModule
@@ -65,6 +65,7 @@ class Program:
     maps: dict[str, LinearMap] = field(default_factory=dict)
     made_by: dict[str, str] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
 

@@ -62,6 +62,11 @@ class Site:
         return self.shape[1]
 
     @property
+    def full_rank(self) -> int:
+        """The largest rank of a product: of every group, where there are several."""
+        return min(self.out_features // self.layout.groups, self.in_features)
+
+    @property
     def map(self) -> LinearMap:
         """The map that stands there now."""
         return self.program.map_of(self.fqn)

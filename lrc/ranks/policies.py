@@ -61,10 +61,10 @@ def energy_rank(curve: SiteCurve, options: EnergyRank) -> int:
 @rank_policy(FractionRank)
 def fraction_rank(curve: SiteCurve, options: FractionRank) -> int:
     """Return `options.fraction` of min(in_features, out_features), rounded down, at least 1."""
-    return options.most(curve.out_features, curve.in_features)
+    return options.most(curve.out_features // curve.groups, curve.in_features)
 
 
 @rank_policy(BreakevenRank)
 def breakeven_rank(curve: SiteCurve, options: BreakevenRank) -> int:
     """Return `options.breakeven` of m n / (m + n), rounded down, at least 1."""
-    return options.most(curve.out_features, curve.in_features)
+    return options.most(curve.out_features // curve.groups, curve.in_features)

@@ -46,7 +46,7 @@ def select_sites(program: Program, session: Session, options: Any, index: int) -
 def _kept(program: Program, fqn: str, options: Any) -> str | None:
     """Return the reason why a site is out of the question for a pass, or None."""
     asked = options.decomposes and fqn not in program.maps
-    obstacle = program.sites[fqn].layout.obstacle() if asked else None
+    obstacle = program.sites[fqn].layout.obstacle(program.sites[fqn].shape) if asked else None
     return obstacle or _tied(program, fqn, options)
 
 

@@ -15,7 +15,7 @@ from lrc.program import Program, Site
 from lrc.ranks import FixedRank, rounded
 from lrc.run.fronts import choices_of
 from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
-from lrc.solvers import Decomposition, Moments, Need
+from lrc.solvers import Decomposition, Moments, Need, solve_groups
 from lrc.spec.registry import SOLVERS
 
 T = TypeVar("T")
@@ -159,9 +159,10 @@ class Session:
         """Decompose the weight of one site. Raises SolverError that names it."""
         weight, bias = site.map.dense()
         generator = generator_for(site.fqn, self.seed)
-        solve = SOLVERS.for_options(options.solver)
+        solve, groups = SOLVERS.for_options(options.solver), site.layout.groups
+        asked = moments, rank or max_rank(site, options), options.solver, generator
         try:
-            found = solve(weight, bias, moments, rank or max_rank(site, options), options.solver, generator)
+            found = solve(weight, bias, *asked) if groups == 1 else solve_groups(solve, weight, bias, *asked, groups)
         except SolverError as error:
             where = f"{site.fqn}: {error.where}"
             raise SolverError(where, expected=error.expected, got=error.got, hint=error.hint, message=error.message) from error
@@ -191,13 +192,13 @@ def max_rank(site: Site, options: Any) -> int:
     All terms, for any budget to be planned from them later, unless one rank was asked for or the solver gains by fewer.
     A solver that is not nested makes exactly the terms that the rank policy will choose.
     """
-    full = min(site.out_features, site.in_features)
+    out_features, full = site.out_features // site.layout.groups, site.full_rank
     fixed = isinstance(options.rank, FixedRank)
-    rank: int = options.rank.most(site.out_features, site.in_features)
+    rank: int = options.rank.most(out_features, site.in_features)
     if fixed and rank > full:
         raise UsageError(
             site.fqn,
-            expected=f"rank <= {full} (min of in_features={site.in_features}, out_features={site.out_features})",
+            expected=f"rank <= {full} (min of in_features={site.in_features}, out_features={out_features})",
             got=str(rank),
             hint="Lower `rank`, or name the site under `ignore`",
         )

@@ -120,7 +120,7 @@ class RankedSitePass(SitePass):
         notes = () if options.form in ("auto", *forms_of(site.layout)) else (f"no {options.form} form of a {site.kind}",)
         return Decision(
             index, options.type, (site.fqn,), chosen.rule, before, before,
-            full_rank=min(site.shape), keep=chosen.keep, notes=notes,
+            full_rank=site.full_rank, keep=chosen.keep, notes=notes,
         )  # fmt: skip
 
     def decide(self, decision: Decision, site: Site, choice: Choice, curve: SiteCurve, terms: Terms) -> Decision:

@@ -106,6 +106,7 @@ class Terms:
                 "bytes": 0 if stays else now.bytes - bias.bytes,
                 "flops": now.flops - bias.flops,
             },
+            groups=site.layout.groups,
             fronts=further,
             only=bool(further) and form != "auto",
         )

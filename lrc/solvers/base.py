@@ -89,7 +89,8 @@ class Norm:
 class Decomposition:
     """A weight as ordered terms: `B[:, :r] @ A[:r]` is the best rank-r choice of the solver, for every r <= len(S).
 
-    B: (out_features, k), A: (k, in_features), S: (k,) descending, non-negative, in the solver's norm; float32 or float64.
+    B: (out_features, k), A: (k, in_features), or (k, groups, in_features) of a weight in groups; S: (k,)
+    descending, non-negative, in the solver's norm; float32 or float64.
     remainder: squared norm beyond the k stored terms (0 when k is full).
     scale, unit: loss(r) = scale * (sum of S[r:]² + remainder), in `unit` ("nats per token", "squared output error", …).
     bias: the layer's own bias, or None. mean: mean input (in_features,) when the bias shall absorb the mean of what is
@@ -126,7 +127,7 @@ class Decomposition:
         B, A = self.product(rank)
         bias = self.bias
         if self.mean is not None:
-            bias = self.bias_for(B.double() @ (A.double() @ self.mean.double()))
+            bias = self.bias_for(mean_output(B, A, self.mean))
         B, A = B.to(dtype, copy=True).contiguous(), A.to(dtype, copy=True).contiguous()  # own memory, not a slice
         return Factors(B, A, None if bias is None else bias.to(dtype))
 
@@ -136,6 +137,15 @@ class Decomposition:
             return self.bias
         shift = self.target.double() - mean_output
         return shift if self.bias is None else self.bias.double() + shift
+
+
+def mean_output(B: Tensor, A: Tensor, mean: Tensor) -> Tensor:
+    """Return B A E[x], (out_features,), float64. A: (rank, in_features), or (rank, groups, in_features), mean accordingly."""
+    inner = (A.double() * mean.double()).sum(-1)  # (rank,) or (rank, groups)
+    if A.ndim == 2:
+        return B.double() @ inner
+    blocks = B.double().reshape(A.shape[1], -1, B.shape[1])
+    return torch.einsum("gor,rg->go", blocks, inner).flatten()
 
 
 class SolverOptions(Tagged):

@@ -3,5 +3,6 @@
 from lrc_passes.factorize import factorize
 from lrc_passes.fold_norms import FoldNormsPass
 from lrc_passes.merge import merge
+from lrc_passes.reestimate_norms import ReestimateNormsPass
 
-BUILTIN = (factorize, merge, FoldNormsPass)
+BUILTIN = (factorize, merge, FoldNormsPass, ReestimateNormsPass)

@@ -13,6 +13,7 @@ Calibrated on 1,000 training images (resnet20), on every second one of the 500 i
 import argparse
 import copy
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,11 +30,26 @@ import lrc
 from lrc.lower.ort import OrtRunner
 from lrc.measure import measure_latency
 from lrc.program import Program
+from lrc.run.flops import count_flops
 
-CROP = 96
-SOLVERS = {
-    "behind": {"type": "kfac", "fisher": "outputs", "damping_out": 0.01, "propagate": "compressed", "blend": 1.0},
-}
+CROP = 48
+BEHIND = {"type": "kfac", "fisher": "outputs", "damping_out": 0.01, "propagate": "compressed", "blend": 1.0}
+FOLD, AGAIN = {"type": "fold_norms"}, {"type": "reestimate_norms"}
+
+
+def passes(way: str, **step: Any) -> list[dict[str, Any]]:
+    """Return the passes of a way: a solver with two factors, or words that are joined by `+`.
+
+    `behind`: kfac on changed inputs; `fold`: batch norms are folded before; `again`: their statistics are measured
+    afterwards; a form: that form, in place of two factors.
+    """
+    words = way.split("+")
+    forms = [word for word in words if word in ("auto_form", "spatial", "tucker2", "cp")]
+    solvers = [word for word in words if word not in (*forms, "fold", "again")]
+    solver = BEHIND if "behind" in solvers else solvers[0]
+    form = forms[0].removesuffix("_form") if forms else "two_factor"
+    made = {"type": "factorize", "solver": solver, "form": form, **step}
+    return [*([FOLD] if "fold" in words else []), made, *([AGAIN] if "again" in words else [])]
 
 
 @dataclass
@@ -66,7 +82,7 @@ def case(name: str) -> Case:
         score = lambda model: accuracy(model, x[1::2], y[1::2])  # noqa: E731 - a case is data
         return Case(efficientnet(), batches, score, "image-classification", [])
     others = grey_images("bsd68_part1", 24)
-    cut = torch.cat([image[..., i : i + CROP, i : i + CROP] for image in others for i in (40, 160)])
+    cut = torch.cat([image[..., 100 : 100 + CROP, 100 : 100 + CROP] for image in others])
     images = grey_images("set12", 7)
     inputs = noisy(images)
     batches = [{"input": torch.cat(noisy(list(part.split(1))))} for part in cut.split(12)]
@@ -120,9 +136,10 @@ def faster(dense: Program, program: Program, example: dict[str, Tensor]) -> floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["resnet20", "efficientnet", "dncnn"])
-    parser.add_argument("--solvers", nargs="+", default=["svd", "whitened", "afm", "kfac", "behind"])
+    parser.add_argument("--solvers", nargs="+", default=["svd", "kfac", "kfac+auto_form", "fold+kfac+auto_form"])
     parser.add_argument("--kept", type=float, nargs="+", default=[0.7, 0.5, 0.3])
     parser.add_argument("--latency", action="store_true")
+    parser.add_argument("--tucker", action="store_true", help="beside tensorly's Tucker-2 of the last one's size")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name in options.models:
@@ -133,13 +150,7 @@ def main() -> None:
         for kept in options.kept:
             for solver in options.solvers:
                 began = time.perf_counter()
-                step = {
-                    "type": "factorize",
-                    "ignore": given.ignore,
-                    "solver": SOLVERS.get(solver, solver),
-                    "rank": {"flops_kept": kept},
-                }
-                spec = {"version": 1, "passes": [step]}
+                spec = {"version": 1, "passes": passes(solver, ignore=given.ignore, rank={"flops_kept": kept})}
                 done = lrc.compile(program.clone(), spec, calibration=given.batches, cache=WORK / "cache")
                 seconds = time.perf_counter() - began
                 score = given.score(done.module)
@@ -149,11 +160,13 @@ def main() -> None:
                     "kept": kept,
                     "score": round(score, 4) if math.isfinite(score) else None,
                 }
-                row |= {"parameters": done.plan.parameters[1], "seconds": round(seconds, 1)}
+                measured = count_flops(done.program, given.batches[0]) / count_flops(program, given.batches[0])
+                row |= {"flops": round(measured, 3), "parameters": done.plan.parameters[1], "seconds": round(seconds, 1)}
                 if options.latency and solver == options.solvers[-1]:
                     row["latency_ratio"] = round(faster(program, done.program, given.batches[0]), 2)
+                print(row, file=sys.stderr, flush=True)
                 rows.append(row)
-            if name == "resnet20":
+            if name == "resnet20" and options.tucker:
                 made, count = tucker(given.model, done.plan.parameters[1])
                 rows.append({"model": name, "solver": "tucker", "kept": kept, "score": given.score(made), "parameters": count})
     show("image models", rows)

@@ -112,4 +112,28 @@ def test_a_dense_map_is_the_module_itself() -> None:
     made, x = Conv(module.weight, geometry, module.bias), image(2).float()
     assert torch.equal(made(x), module(x))
     assert repr(made) == "Conv[6,2,3x3]"
-    assert repr(planned(Patches((3, 3), geometry), (6, 36), 2, bias=False)) == "ConvChain([6,2,1x1], [2,4,3x3])"
+    assert repr(planned(Patches((3, 3), geometry), (6, 36), 2, bias=False)) == "ConvChain([6,2,1x1], [4,4,3x3])"
+    one = replace(geometry, groups=1)
+    assert repr(planned(Patches((3, 3), one), (6, 36), 2, bias=False)) == "ConvChain([6,2,1x1], [2,4,3x3])"
+
+
+@torch.no_grad()
+def test_a_product_in_groups_is_a_product_of_every_group() -> None:
+    torch.manual_seed(0)
+    geometry = Geometry((2, 1), (1, 0), (1, 2), groups=3)
+    layout, x = Patches((3, 2), geometry), image(2, channels=12)
+    B, A = torch.randn(6, 2, dtype=F64), torch.randn(2, 3, 24, dtype=F64)
+    made = layout.product(B, A, torch.randn(6, dtype=F64))
+    weight = torch.cat([B[2 * g : 2 * g + 2] @ A[:, g] for g in range(3)])
+    expected = geometry(x, weight.reshape(6, 4, 3, 2), made.bias)
+    assert (made.out_features, made.in_features) == (6, 24)
+    assert torch.allclose(made(x), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(made.exact().weight, weight, rtol=0, atol=1e-13)
+    folded = fold(made)
+    assert isinstance(folded, Conv)
+    assert folded.geometry == geometry
+    assert torch.allclose(folded(x), expected, rtol=0, atol=1e-12)
+    rows = layout.inputs(x)
+    assert rows.shape[-1] == 3 * 24
+    blocks = torch.einsum("bhwgn,gon->bhwgo", rows.unflatten(-1, (3, 24)), weight.reshape(3, 2, 24)).flatten(-2)
+    assert torch.allclose(blocks, layout.outputs(geometry(x, weight.reshape(6, 4, 3, 2))), rtol=0, atol=1e-12)
