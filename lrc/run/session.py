@@ -138,7 +138,10 @@ class Session:
         """Return the decompositions of `fqns` for a ranked pass; those that the cache lacks are computed, in parallel."""
         solver, sites = options.solver, program.sites
         key = self.measured_key(program, solver.needs, solver)
-        keys = {fqn: terms_key(sites[fqn], key, solver, max_rank(sites[fqn], options), self.seed) for fqn in fqns}
+        keys = {
+            fqn: terms_key(sites[fqn], key, solver.at(sites[fqn].kind), max_rank(sites[fqn], options), self.seed)
+            for fqn in fqns
+        }
         choices = {fqn: choices_of(sites[fqn], options, max_rank(sites[fqn], options)) for fqn in fqns}
         terms = Terms(self.cache, keys, choices)
         missing = terms.missing()
@@ -160,7 +163,7 @@ class Session:
         weight, bias = site.map.dense()
         generator = generator_for(site.fqn, self.seed)
         solve, groups = SOLVERS.for_options(options.solver), site.layout.groups
-        asked = moments, rank or max_rank(site, options), options.solver, generator
+        asked = moments, rank or max_rank(site, options), options.solver.at(site.kind), generator
         try:
             found = solve(weight, bias, *asked) if groups == 1 else solve_groups(solve, weight, bias, *asked, groups)
         except SolverError as error:

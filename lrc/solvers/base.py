@@ -163,6 +163,10 @@ class SolverOptions(Tagged):
         """Return the options with what they leave to the model settled. logits: whether its outputs are those of classes."""
         return self
 
+    def at(self, kind: str) -> Self:
+        """Return the options with what they leave to the kind of a site settled: `linear`, `conv` or `embedding`."""
+        return self
+
 
 class Solve(Protocol):
     """The signature of a solver."""

@@ -135,3 +135,27 @@ def test_compression_before_a_table_changes_no_index() -> None:
     _, program, item = words()
     dense = collect(program, batches(item), ["table"], ALL)["table"]
     assert Lockstep(program, program.clone(), batches(item)).advance_to("table", dense) is dense
+
+
+def test_every_group_has_moments_of_its_own_channels_also_from_the_cache(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 4, 3, padding=1, groups=2), nn.Tanh(), nn.Conv2d(4, 3, 1)).double().eval()
+    program = capture_module(model, torch.randn(2, 6, 5, 5, dtype=F64))
+    x = torch.randn(4, 6, 5, 5, dtype=F64)
+    cache = Cache(tmp_path)
+    first = collect(program, batches({"input": x}), ["0"], ALL, cache=cache, key="k")["0"]
+    again = collect(program, batches({"input": x}), ["0"], ALL, cache=cache, key="k")["0"]
+    rows = patches(model[0], x).unflatten(-1, (2, 27))  # type: ignore[arg-type]
+    assert first.gram is not None
+    assert first.mean is not None
+    assert torch.allclose(first.gram, torch.einsum("tgi,tgj->gij", rows, rows) / len(rows), rtol=0, atol=1e-12)
+    assert torch.allclose(first.mean, rows.mean(0), rtol=0, atol=1e-12)
+    assert first.fisher is not None
+    assert first.fisher.shape == (4, 4)
+    for name in ("gram", "mean", "fisher", "weighted_gram", "weighted_mean"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    walk = Lockstep(program, program.clone(), batches({"input": x})).advance_to("0", first)
+    assert walk.gram is not None
+    assert walk.cross is not None
+    assert torch.allclose(walk.gram, first.gram, rtol=0, atol=1e-12)
+    assert torch.allclose(walk.cross, first.gram, rtol=0, atol=1e-12)

@@ -210,3 +210,13 @@ def test_merge_folds_them_back(compiled: Compile) -> None:
     assert isinstance(folded.program.maps["table"], Lookup)
     with torch.no_grad():
         assert torch.allclose(folded.module(ids), done.module(ids), atol=1e-6)
+
+
+def test_kfac_damps_the_gradients_of_a_convolution_less(compiled: Compile) -> None:
+    model, x, items = images()
+    for target, damping in (("down", 0.1), ("head", 1.0)):
+        step: dict[str, Any] = {"inputs": x, "calibration": items, "targets": [target], "rank": 3, "form": "two_factor"}
+        ours = compiled(model, solver="kfac", **step)
+        told = compiled(model, solver={"type": "kfac", "damping_out": damping}, **step)
+        other = compiled(model, solver={"type": "kfac", "damping_out": 0.5}, **step)
+        assert ours.plan.decisions[0].predicted == told.plan.decisions[0].predicted != other.plan.decisions[0].predicted

@@ -268,4 +268,15 @@ def test_every_statistic_gives_finite_terms_of_modest_size(
 def test_kfac_asks_for_inputs_and_gradients_and_damps_by_default_as_measured() -> None:
     options = kfac.options()
     assert options.needs == {"inputs", "gradients"}
-    assert (options.damping_in, options.damping_out, options.blend, options.fisher) == (DAMPING, 1.0, 0.5, "auto")
+    assert (options.damping_in, options.damping_out, options.blend, options.fisher) == (DAMPING, "auto", 0.5, "auto")
+    assert {kind: options.at(kind).damping_out for kind in ("linear", "conv", "embedding")} == {
+        "linear": 1.0, "conv": 0.1, "embedding": 1.0,
+    }  # fmt: skip
+    assert kfac.options(damping_out=0.3).at("conv").damping_out == 0.3
+
+
+def test_a_weight_that_is_no_site_is_damped_as_a_linear() -> None:
+    W = weight_of((5, 4), 0, "full")
+    moments = moments_of(samples(4, 0, "full"), gradients(5, 0, "full"))
+    plain, told = solved(kfac, W, moments), solved(kfac, W, moments, damping_out=1.0)
+    assert torch.equal(plain.S, told.S)

@@ -81,7 +81,7 @@ def test_defaults_work_and_are_written_out(load: Any) -> None:
     made = load("version: 1\n")
     assert made == Document(version=1)
     written = yaml.safe_load(to_yaml(load(FULL)))
-    assert written["passes"][0]["solver"]["damping_out"] == 1.0
+    assert written["passes"][0]["solver"]["damping_out"] == "auto"
     assert written["passes"][0]["rank"] == {"params_kept": 0.5}
     assert written["export"][1]["format"] == "onnx"
     assert "$schema" not in written
