@@ -8,8 +8,10 @@ from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
 from lrc.maps.lookup import Lookup
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.quantized import Quantized
 from lrc.maps.scaled_outputs import scale_outputs
-from lrc.maps.simplify import Folded, fold, simplify
+from lrc.maps.simplify import Folded, fold, rebuilt, simplify
+from lrc.maps.sparse import Sparse
 from lrc.maps.structure import pivoted_structure, restore
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "Patches",
     "Permutation",
     "Pivoted",
+    "Quantized",
     "Rows",
     "Scale",
+    "Sparse",
     "Structure",
     "Sum",
     "fold",
@@ -40,6 +44,7 @@ __all__ = [
     "permute_outputs",
     "pivoted_structure",
     "planned",
+    "rebuilt",
     "restore",
     "scale_outputs",
     "simplify",

@@ -3,6 +3,8 @@
 from lrc_passes.factorize import factorize
 from lrc_passes.fold_norms import FoldNormsPass
 from lrc_passes.merge import merge
+from lrc_passes.quantize import quantize
 from lrc_passes.reestimate_norms import ReestimateNormsPass
+from lrc_passes.split import split
 
-BUILTIN = (factorize, merge, FoldNormsPass, ReestimateNormsPass)
+BUILTIN = (factorize, merge, FoldNormsPass, ReestimateNormsPass, quantize, split)
