@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lrc
 from lrc.lower.ort import OrtRunner
-from lrc.maps import Conv, ConvChain
+from lrc.maps import Conv, ConvChain, restore
 from lrc.run.plan import Plan
 
 Compile = Callable[..., lrc.Compiled]
@@ -156,3 +156,20 @@ def test_a_form_that_a_site_or_a_solver_has_not_is_noted(made: Compile) -> None:
 def test_an_unknown_form_is_refused_with_the_known_ones(made: Compile) -> None:
     with pytest.raises(lrc.errors.SpecError, match="'two_factor', 'pivoted', 'spatial', 'tucker2' or 'cp'"):
         made(form="tucker")
+
+
+def test_a_budget_of_time_chooses_among_measured_products_of_every_form(made: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[str] = set()
+
+    def measure(cache: Any, structures: Any, shape: tuple[int, ...], **_: Any) -> dict[str, float]:
+        seen.update(structures)
+        slow = {name: 10.0 if name.startswith("cp") else 1.0 for name in structures}  # kernels of single channels
+        return {name: slow[name] * restore(structure).cost(1).flops / 1e3 for name, structure in structures.items()}
+
+    monkeypatch.setattr("lrc.run.budget.measure_operators", measure)
+    done = made(rank={"latency_kept": 0.5}, targets=["first", "down", "line"])
+    assert {name.split()[0] for name in seen} == {"present", "two_factor", *FORMS}
+    assert "cp" not in forms(done).values()
+    times = [d.latency for d in done.plan.decisions if d.latency is not None]
+    assert sum(after for _, after in times) <= 0.5 * sum(before for before, _ in times)
+    assert all(d.ranks == () or f"tucker2 {d.ranks[0]}x{d.ranks[1]}" in seen for d in done.plan.decisions)
