@@ -70,9 +70,10 @@ class Case:
         return made
 
 
-def case(name: str) -> Case:
+def case(name: str, samples: int) -> Case:
     if name == "resnet20":
         (x, y), (test, labels) = cifar("train_1000"), cifar("test_2000")
+        x, y = x[:samples], y[:samples]
         batches = [{"x": part, "labels": told} for part, told in zip(x.split(100), y.split(100), strict=True)]
         score = lambda model: accuracy(model, test, labels)  # noqa: E731 - a case is data
         return Case(resnet20(), batches, score, "image-classification", ["conv1", "linear"])
@@ -138,12 +139,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["resnet20", "efficientnet", "dncnn"])
     parser.add_argument("--solvers", nargs="+", default=["svd", "kfac", "kfac+auto_form", "fold+kfac+auto_form"])
     parser.add_argument("--kept", type=float, nargs="+", default=[0.7, 0.5, 0.3])
+    parser.add_argument("--samples", type=int, default=1000, help="calibration images of ResNet-20")
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--tucker", action="store_true", help="beside tensorly's Tucker-2 of the last one's size")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name in options.models:
-        given = case(name)
+        given = case(name, options.samples)
         program = given.program()
         size = program.size()[0]
         rows.append({"model": name, "solver": "dense", "score": round(given.score(given.model), 4), "parameters": size})
