@@ -15,7 +15,7 @@ from lrc.program import Program, Site
 from lrc.ranks import FixedRank, rounded
 from lrc.run.fronts import choices_of
 from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
-from lrc.solvers import Decomposition, Moments, Need, solve_groups
+from lrc.solvers import Decomposition, Moments, Need, solve_blocks
 from lrc.spec.registry import SOLVERS
 
 T = TypeVar("T")
@@ -165,7 +165,7 @@ class Session:
         solve, groups = SOLVERS.for_options(options.solver), site.layout.groups
         asked = moments, rank or max_rank(site, options), options.solver.at(site.kind), generator
         try:
-            found = solve(weight, bias, *asked) if groups == 1 else solve_groups(solve, weight, bias, *asked, groups)
+            found = solve(weight, bias, *asked) if groups == 1 else solve_blocks(solve, weight, bias, *asked, groups)
         except SolverError as error:
             where = f"{site.fqn}: {error.where}"
             raise SolverError(where, expected=error.expected, got=error.got, hint=error.hint, message=error.message) from error

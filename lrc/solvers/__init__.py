@@ -6,9 +6,9 @@ from lrc.solvers.afm import AfmSolver, LordSolver, afm, lord
 from lrc.solvers.altmin import AltminSolver, altmin
 from lrc.solvers.auto import AutoSolver, auto
 from lrc.solvers.base import LOSS_UNIT, Decomposition, Factors, Moments, Need, Norm, Solve, SolverOptions, solver
+from lrc.solvers.blocks import solve_blocks
 from lrc.solvers.fisher import FisherOptions
 from lrc.solvers.gram import GramSolver, gram
-from lrc.solvers.groups import solve_groups
 from lrc.solvers.inputs import InputsOptions, propagated_target
 from lrc.solvers.kfac import KfacSolver, kfac
 from lrc.solvers.ladder import Root, root
@@ -69,7 +69,7 @@ __all__ = [
     "randomized",
     "root",
     "snmf",
-    "solve_groups",
+    "solve_blocks",
     "solver",
     "svd",
     "whitened",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lrc.maps import LinearMap, scale_outputs
 from lrc.program import Program
-from lrc.program.norms import BatchNorm, fold_norm, norm_after
+from lrc.program.batch_norms import BatchNorm, fold_norm, norm_after
 from lrc.run import Decision, PassOptions, program_pass
 from lrc.run.plan import Summary
 from lrc.run.selection import Selected, select_sites

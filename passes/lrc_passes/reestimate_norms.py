@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lrc.measure.norm_statistics import norm_statistics
 from lrc.program import Program
-from lrc.program.norms import norm_node, set_statistics
+from lrc.program.batch_norms import norm_node, set_statistics
 from lrc.run import Decision, PassOptions, program_pass
 from lrc.run.selection import Selected, select_sites
 from lrc.run.session import Session

@@ -7,7 +7,7 @@ import pytest
 import torch
 from solver_cases import F64, generator, randn
 
-from lrc.solvers import Moments, kfac, solve_groups, svd, whitened
+from lrc.solvers import Moments, kfac, solve_blocks, svd, whitened
 
 GROUPS, SHAPE = 3, (4, 5)
 
@@ -24,7 +24,7 @@ def test_groups_together_are_groups_alone(rule: Any, biased: bool) -> None:
     W = randn(GROUPS * SHAPE[0], SHAPE[1], seed=0)
     bias = randn(len(W), seed=3) if biased else None
     options, given = rule.options(), moments()
-    whole = solve_groups(rule.function, W, bias, given, 4, options, generator(0), GROUPS)
+    whole = solve_blocks(rule.function, W, bias, given, 4, options, generator(0), GROUPS)
     assert whole.A.shape == (4, GROUPS, SHAPE[1])
     losses = torch.zeros(5, dtype=F64)
     for group in range(GROUPS):

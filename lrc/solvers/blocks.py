@@ -11,7 +11,7 @@ from lrc.solvers.base import Decomposition, Moments, Solve, SolverOptions
 OF_INPUTS = ("gram", "mean", "weighted_gram", "weighted_mean", "cross", "dense_mean", "magnitudes")  # one entry a group
 
 
-def solve_groups(
+def solve_blocks(
     solve: Solve,
     weight: Tensor,
     bias: Tensor | None,
