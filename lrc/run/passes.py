@@ -54,8 +54,9 @@ class RankedOptions(PassOptions):
     allocate: AllocateField = Field(
         default="auto",
         description="How a budget over all targets is shared: by marginal loss per cost (global), to the least loss by integer "
-        "programming (exact), equally (uniform), or by the inverse logarithm of the loss (loss_log_inverse); auto: global "
-        "where the solver's losses may be compared between layers (kfac), else uniform.",
+        "programming (exact), equally (uniform), by the inverse logarithm of the loss (loss_log_inverse), or by training every "
+        "layer's truncation on the model's own loss (learned, or a mapping of its options); auto: global where the solver's "
+        "losses may be compared between layers (kfac), learned for `dobi`, else uniform.",
     )
     form: Literal["auto", "two_factor", "pivoted"] = Field(
         default="auto", description="How a rank-r product is stored: r(m+n) or r(m+n-r) numbers; auto: the smaller."

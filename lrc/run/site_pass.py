@@ -14,6 +14,7 @@ from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
 from lrc.ranks import Choice, allocate_ranks
 from lrc.run.budget import check_shapes, priced, rest_of, spent, with_latency
+from lrc.run.learning import allocator, learning
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
@@ -93,12 +94,14 @@ class RankedSitePass(SitePass):
         check_shapes(program, session, options)
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
+        allocate, how = allocator(options)
         found = allocate_ranks(
             list(curves.values()),
             options.rank,
-            allocate=options.allocate,
+            allocate=allocate,
             round_to=options.round_to,
             rest=rest_of(program, curves),
+            search=learning(program, session, options, terms, how),
         )
         before = in_groups(program, free) if compressed(options) else {}
         decisions = []

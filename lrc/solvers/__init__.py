@@ -6,6 +6,7 @@ from lrc.solvers.afm import AfmSolver, LordSolver, afm, lord
 from lrc.solvers.altmin import AltminSolver, altmin
 from lrc.solvers.auto import AutoSolver, auto
 from lrc.solvers.base import LOSS_UNIT, Decomposition, Factors, Moments, Need, Solve, SolverOptions, solver
+from lrc.solvers.dobi import DobiSolver, dobi
 from lrc.solvers.fisher import FisherOptions
 from lrc.solvers.gram import GramSolver, gram
 from lrc.solvers.inputs import InputsOptions, propagated_target
@@ -21,7 +22,7 @@ from lrc.solvers.whitened import WhitenedSolver, whitened
 from lrc.spec.registry import Rule
 
 BUILTIN: tuple[Rule[Any, Any], ...] = (
-    kfac, whitened, afm, lord, asvd, fwsvd, svd, gram, randomized, auto, altmin, snmf, nmf, random_init,
+    kfac, whitened, afm, lord, dobi, asvd, fwsvd, svd, gram, randomized, auto, altmin, snmf, nmf, random_init,
 )  # fmt: skip
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "AsvdSolver",
     "AutoSolver",
     "Decomposition",
+    "DobiSolver",
     "Factors",
     "FisherOptions",
     "FwsvdSolver",
@@ -56,6 +58,7 @@ __all__ = [
     "altmin",
     "asvd",
     "auto",
+    "dobi",
     "fwsvd",
     "gram",
     "kfac",

@@ -21,6 +21,7 @@ from lrc.verify.metrics.perplexity import Perplexity
 SOLVERS: dict[str, dict[str, Any]] = {
     "kfac": {"type": "kfac", "fisher": "labels"},
     "whitened": {"type": "whitened", "center": False},
+    "dobi": {"type": "dobi"},
     "svd": {"type": "svd"},
 }
 
@@ -74,7 +75,7 @@ def main() -> None:
                             "targets": ["model.layers.**"],
                             "solver": how,
                             "rank": {"params_kept": kept},
-                            "form": options.form if solver == "kfac" else "two_factor",
+                            "form": options.form if solver in ("kfac", "dobi") else "two_factor",
                         }
                     ],
                 },
