@@ -32,6 +32,7 @@ from lrc.ranks.budgets import (
     size_mb,
 )
 from lrc.ranks.candidates import Candidates, Offer, Unit
+from lrc.ranks.joint import GroupCurve, measured_of
 from lrc.ranks.policies import (
     BreakevenRank,
     EnergyRank,
@@ -57,9 +58,14 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
 
 
 def allocate_ranks(
-    curves: Sequence[SiteCurve], options: RankPolicy, *, allocate: AllocateField = "auto", round_to: int = 1, rest: int = 0
+    curves: Sequence[SiteCurve | GroupCurve],
+    options: RankPolicy,
+    *,
+    allocate: AllocateField = "auto",
+    round_to: int = 1,
+    rest: int = 0,
 ) -> Allocation:
-    """Return every site's rank and form, or the reason why it stays dense, and what there is to note.
+    """Return every site's (or group's) rank and form, or the reason why it stays dense, and what there is to note.
 
     allocate "auto": global where the losses of different layers may be compared, else uniform. rest: bytes of the model
     beside what the sites free.
@@ -85,9 +91,14 @@ def rounded(rank: int, round_to: int) -> int:
     return max(round_to, rank - rank % round_to)
 
 
-def _worth(curve: SiteCurve, rank: int) -> Choice:
+def _worth(curve: SiteCurve | GroupCurve, rank: int) -> Choice:
     """Return the rank, or dense where the product would be no smaller."""
     rank = min(rank, curve.full_rank)
+    if isinstance(curve, GroupCurve):
+        nearest = curve.nearest(rank)
+        if nearest is not None and curve.saves(nearest):
+            return Choice(nearest, form=curve.form)
+        return Choice(None, f"rank {rank} does not make the group smaller")
     if curve.size(rank) < curve.dense_size:
         return Choice(rank, form=curve.form_at(rank))
     return Choice(None, f"rank {rank} needs {curve.size(rank)} numbers, the dense weight {curve.dense_size}")
@@ -105,6 +116,7 @@ __all__ = [
     "FlopsKept",
     "Form",
     "FractionRank",
+    "GroupCurve",
     "LatencyKept",
     "LatencyMs",
     "Offer",
@@ -119,6 +131,7 @@ __all__ = [
     "Unit",
     "allocate_ranks",
     "choose",
+    "measured_of",
     "measured_ranks",
     "product_size",
     "rank_policy",
