@@ -8,6 +8,7 @@ from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
 from lrc.maps.lookup import Lookup
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.places import Pick, Spread, pick_of, spread_of, without_pick, without_spread
 from lrc.maps.simplify import Folded, fold, simplify
 from lrc.maps.structure import pivoted_structure, restore
 
@@ -28,17 +29,23 @@ __all__ = [
     "Lookup",
     "Patches",
     "Permutation",
+    "Pick",
     "Pivoted",
     "Rows",
     "Scale",
+    "Spread",
     "Structure",
     "Sum",
     "fold",
     "frozen",
     "permute_inputs",
     "permute_outputs",
+    "pick_of",
     "pivoted_structure",
     "planned",
     "restore",
     "simplify",
+    "spread_of",
+    "without_pick",
+    "without_spread",
 ]

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -123,14 +123,15 @@ class Program:
         """Return the map that stands at a site now; a site that no pass has touched has its dense map."""
         return self.maps.get(fqn) or self.site(fqn).original(self.originals)
 
-    def replace(self, fqn: str, made: LinearMap, by: str = "", *, settle: bool = True) -> None:
+    def replace(self, fqn: str, made: LinearMap, by: str = "", *, settle: bool = True, resize: bool = False) -> None:
         """Put a map at a site: at every use, with that use's own bias. The first time, the ATen nodes become calls.
 
-        settle: check the graph and compile it again, which many replacements in a row need only once (`settle()`).
+        settle: check the graph and compile it again, which many replacements in a row need only once (`settle()`). resize: the
+        map may have another shape, which is that of the site from then on; that its neighbours fit is the caller's matter.
         Raises SiteError for a map of another shape.
         """
-        site = self.site(fqn)
-        if (made.out_features, made.in_features) != site.shape:
+        site, shape = self.site(fqn), (made.out_features, made.in_features)
+        if shape != site.shape and not resize:
             raise SiteError(fqn, expected=f"a map of shape {site.shape}", got=repr(made))
         if fqn not in self.maps:
             taken = {use.module for raised in self.maps for use in self.site(raised).uses}
@@ -141,8 +142,17 @@ class Program:
         for use in site.uses:
             own = made if use.bias == first else made.with_bias(self._own_bias(made, first, use.bias))
             put(self.graph_module, use.module, own)
+        if shape != site.shape:
+            self.sites[fqn] = replace(site, shape=shape)
         if settle:
             self.settle()
+
+    def narrow(self, nodes: Iterable[str], features: int) -> None:
+        """Say that values have `features` in their last dimension now, as maps of another shape have made it."""
+        for name in nodes:
+            meta = self.nodes[name].meta
+            if isinstance(meta.get("val"), Tensor):
+                meta["val"] = meta["val"][..., :features]
 
     def settle(self) -> None:
         """Check the graph after replacements, and compile it again."""

@@ -101,8 +101,8 @@ class _Search:
 
     def found(self) -> Stream:
         """Return the stream."""
-        norms = [(made, node) for node in self.graph.nodes if (made := match_norm(node)) is not None]
-        seeds = [(norm, node) for norm, node in norms if self._read_by_linears(self._node(norm.gives))]
+        norms = [found for node in self.graph.nodes if (found := match_norm(node)) is not None]
+        seeds = [(norm, reads) for norm, reads in norms if self._read_by_linears(self._node(norm.gives))]
         if not seeds:
             raise refusal("no linear layer reads a normalised value: there is no residual stream with norms before its blocks")
         self.norms = {self._node(norm.gives): (norm, reads) for norm, reads in seeds}

@@ -34,6 +34,7 @@ from lrc.ranks.budgets import (
     size_mb,
 )
 from lrc.ranks.candidates import Budget, Candidates, Offer, Unit
+from lrc.ranks.joint import GroupCurve, measured_of
 from lrc.ranks.learned import LearnedAllocation
 from lrc.ranks.policies import (
     BreakevenRank,
@@ -60,7 +61,7 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
 
 
 def allocate_ranks(
-    curves: Sequence[SiteCurve],
+    curves: Sequence[SiteCurve | GroupCurve],
     options: RankPolicy,
     *,
     allocate: Allocator | Literal["auto"] = "auto",
@@ -68,7 +69,7 @@ def allocate_ranks(
     rest: int = 0,
     search: Search | None = None,
 ) -> Allocation:
-    """Return every site's rank and form, or the reason why it stays dense, and what there is to note.
+    """Return every site's (or group's) rank and form, or the reason why it stays dense, and what there is to note.
 
     allocate "auto": global where the losses of different layers may be compared, else uniform. rest: bytes of the model
     beside what the sites free. search: what improves that allocation with the model at hand (`learned`).
@@ -99,9 +100,14 @@ def rounded(rank: int, round_to: int) -> int:
     return max(round_to, rank - rank % round_to)
 
 
-def _worth(curve: SiteCurve, rank: int) -> Choice:
+def _worth(curve: SiteCurve | GroupCurve, rank: int) -> Choice:
     """Return the rank, or dense where the product would be no smaller."""
     rank = min(rank, curve.full_rank)
+    if isinstance(curve, GroupCurve):
+        nearest = curve.nearest(rank)
+        if nearest is not None and curve.saves(nearest):
+            return Choice(nearest, form=curve.form)
+        return Choice(None, f"rank {rank} does not make the group smaller")
     if curve.size(rank) < curve.dense_size:
         return Choice(rank, form=curve.form_at(rank))
     return Choice(None, f"rank {rank} needs {curve.size(rank)} numbers, the dense weight {curve.dense_size}")
@@ -121,6 +127,7 @@ __all__ = [
     "FlopsKept",
     "Form",
     "FractionRank",
+    "GroupCurve",
     "LatencyKept",
     "LatencyMs",
     "LearnedAllocation",
@@ -137,6 +144,7 @@ __all__ = [
     "Unit",
     "allocate_ranks",
     "choose",
+    "measured_of",
     "measured_ranks",
     "product_size",
     "rank_policy",

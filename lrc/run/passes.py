@@ -15,9 +15,9 @@ from pydantic import Field, field_validator, model_validator
 from lrc.maps import LinearMap
 from lrc.measure.workload import Workload
 from lrc.program import Program
-from lrc.ranks import AllocateField, RankField
+from lrc.ranks import AllocateField, BreakevenRank, RankField
 from lrc.run.plan import Decision
-from lrc.solvers import Decomposition, Moments, Need, SolverOptions
+from lrc.solvers import Decomposition, GroupOptions, GroupOptions, Moments, Need, SolverOptions
 from lrc.spec.base import Tagged
 from lrc.spec.patterns import check_pattern
 from lrc.spec.registry import PASSES, SOLVERS, Registered, Rule
@@ -78,6 +78,21 @@ class RankedOptions(PassOptions):
                 f"the solver `{self.solver.type}` decomposes anew for every rank, so `rank: {{{policy}: …}}` has nothing to "
                 "choose from; give a whole number, {fraction: …} or {breakeven: …}, or choose another solver"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _form_that_the_solver_has(self) -> Self:
+        """Refuse what has no meaning for several weights together."""
+        if isinstance(self.solver, GroupOptions):
+            if self.form != "auto":
+                raise ValueError(f"the solver `{self.solver.type}` has a form of its own; leave `form` out")
+            if isinstance(self.rank, BreakevenRank):
+                raise ValueError(
+                    f"the solver `{self.solver.type}` decomposes several weights together, which have no one breakeven rank; give "
+                    "a whole number, {fraction: …}, {energy: …} or a budget"
+                )
+        if isinstance(self.solver, GroupOptions) and (self.allocate == "learned" or isinstance(self.allocate, LearnedAllocation)):
+            raise ValueError(f"`allocate: learned` trains sites one by one, and `{self.solver.type}` decomposes several together")
         return self
 
 

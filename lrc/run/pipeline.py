@@ -60,10 +60,12 @@ def difference(program: Program, decisions: Sequence[Decision]) -> tuple[int, in
     """
     numbers = size = 0
     for d in decisions:
-        site = program.sites[d.sites[0]]
-        stays = site.fqn not in program.maps and bool(site.tied) and d.keep is None
-        numbers += d.after.parameters - (0 if stays else d.before.parameters)
-        size += d.after.bytes - (0 if stays else d.before.bytes)
+        numbers += d.after.parameters - d.before.parameters
+        size += d.after.bytes - d.before.bytes
+        for site in (program.sites[fqn] for fqn in d.sites):
+            if site.fqn not in program.maps and site.tied and d.keep is None:
+                cost = site.map.cost(1)
+                numbers, size = numbers + cost.parameters, size + cost.bytes
     return numbers, size
 
 
