@@ -60,6 +60,7 @@ def write_config(program: Program, path: Path) -> None:
     sites = dict(kept["sites"]) if isinstance(kept, Mapping) else {}
     for fqn in program.maps:
         sites |= {module: made.structure() for module, made in program.placed(fqn).items()}
+    sites |= {fqn: module.structure() for fqn, module in program.modules.items()}  # type: ignore[operator]  # as all of ours
     if sites:
         config["lrc"] = {"format": 1, "task": program.task, "sites": sites}
         shared = (dict(kept.get("shared", {})) if isinstance(kept, Mapping) else {}) | shared_factors(program)

@@ -6,6 +6,7 @@ from lrc.maps.conv import Conv, ConvChain, Geometry
 from lrc.maps.layouts import Indices, Layout, Patches, Rows, planned
 from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
 from lrc.maps.lookup import Lookup
+from lrc.maps.norms import RmsNorm
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
 from lrc.maps.places import Pick, Spread, pick_of, spread_of, without_pick, without_spread
@@ -31,6 +32,7 @@ __all__ = [
     "Permutation",
     "Pick",
     "Pivoted",
+    "RmsNorm",
     "Rows",
     "Scale",
     "Spread",

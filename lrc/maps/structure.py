@@ -5,20 +5,21 @@ from typing import Any
 
 import torch
 
-from lrc.maps.base import LinearMap, Structure
+from lrc.maps.base import Structure
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain
 from lrc.maps.leaves import Dense, Diagonal, Permutation
 from lrc.maps.lookup import Lookup
+from lrc.maps.norms import RmsNorm
 from lrc.maps.pivoted import Pivoted
 from lrc.maps.places import Pick, Spread
 
-KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread)
-MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
+KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, RmsNorm)
+MAPS: dict[str, Any] = {kind.word: kind for kind in KINDS}
 
 
-def restore(structure: Mapping[str, Any]) -> LinearMap:
-    """Return a map of this structure with uninitialised numbers, on the current device and in the current dtype.
+def restore(structure: Mapping[str, Any]) -> Any:
+    """Return a map, or a norm, of this structure with uninitialised numbers, on the current device and in the current dtype.
 
     Raises ValueError for a structure that no map has written.
     """

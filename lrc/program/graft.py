@@ -23,7 +23,12 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
         raise LowerError(
             program.origin.name, message="there is no module to graft into", hint="Give the module, or use `.module`"
         )
+    if program.inserted:
+        name, reason = next(iter(program.inserted.items()))
+        raise LowerError(name, message=reason, hint="Use `.module`, or export `format: onnx` or `pt2`")
     twin = share(source)
+    for fqn, module in program.modules.items():
+        _put(twin, fqn, module)
     for fqn in program.maps:
         site = program.site(fqn)
         if not site.has_module:
@@ -103,7 +108,7 @@ def _is_replaced(model: nn.Module, name: str) -> bool:
     return isinstance(made, LinearMap) and last not in made._parameters
 
 
-def _put(model: nn.Module, fqn: str, made: LinearMap) -> None:
+def _put(model: nn.Module, fqn: str, made: nn.Module) -> None:
     try:
         old = model.get_submodule(fqn)
     except AttributeError as error:

@@ -53,7 +53,8 @@ class Program:
     """A captured graph with named tensor inputs and a mapping of named tensors as output.
 
     graph_module: the graph; inputs: its examples and dynamic sizes; names: the stored tensors in model order; maps: what
-    stands at the raised sites now, by site; made_by: the pass that put it there.
+    stands at the raised sites now, by site; made_by: the pass that put it there. modules: what else passes put in the place of
+    a module of the user's (a norm), by its name. inserted: names of modules that have no place there, with the reason.
     """
 
     graph_module: fx.GraphModule
@@ -63,6 +64,8 @@ class Program:
     origin: Origin = field(default_factory=Origin)
     maps: dict[str, LinearMap] = field(default_factory=dict)
     made_by: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    inserted: dict[str, str] = field(default_factory=dict)
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
 
@@ -183,7 +186,10 @@ class Program:
     def clone(self) -> "Program":
         """Return a program with its own graph that shares every tensor with this one."""
         twin = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
-        made = replace(self, graph_module=twin, maps=dict(self.maps), made_by=dict(self.made_by))
+        made = replace(
+            self, graph_module=twin, maps=dict(self.maps), made_by=dict(self.made_by), modules=dict(self.modules),
+            inserted=dict(self.inserted),
+        )  # fmt: skip
         made.sites = {fqn: replace(site, program=made) for fqn, site in self.sites.items()}
         return made
 

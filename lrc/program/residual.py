@@ -8,7 +8,7 @@ that touches the stream is a reason why its directions may not be changed.
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,17 @@ class Stream:
     values: tuple[str, ...]
     views: tuple[str, ...]
 
+    def in_one_basis(self) -> "Stream":
+        """Return the same stream with one basis for all of it, where no bases meet."""
+        return replace(
+            self,
+            bases=(tuple(range(len(self.norms))),),
+            readers=dict.fromkeys(self.readers, 0),
+            writers=dict.fromkeys(self.writers, 0),
+            embeddings={module: (node, 0) for module, (node, _) in self.embeddings.items()},
+            shortcuts=(),
+        )
+
 
 def find_stream(program: Program) -> Stream:
     """Return the residual stream of a program, which is not changed. Raises UsageError that says why there is none."""
@@ -138,7 +149,9 @@ class _Search:
         site = self.site_of.get(node.name)
         if site is not None and node.op == "call_module":
             if site.kind == "conv" or len(site.uses) > 1:
-                raise refusal(f"{site.fqn} writes into the stream and is {'a convolution' if len(site.uses) == 1 else 'shared'}")
+                raise refusal(
+                    f"{site.fqn} writes into the stream and is {'a convolution' if len(site.uses) == 1 else 'shared'}"
+                )
             self.writers[site.fqn] = node
             return []
         if node.target == aten.embedding.default:

@@ -17,7 +17,7 @@ from lrc.measure.workload import Workload
 from lrc.program import Program
 from lrc.ranks import AllocateField, BreakevenRank, RankField
 from lrc.run.plan import Decision
-from lrc.solvers import Decomposition, GroupOptions, GroupOptions, Moments, Need, SolverOptions
+from lrc.solvers import Decomposition, GroupOptions, Moments, Need, SolverOptions
 from lrc.spec.base import Tagged
 from lrc.spec.patterns import check_pattern
 from lrc.spec.registry import PASSES, SOLVERS, Registered, Rule
@@ -91,8 +91,11 @@ class RankedOptions(PassOptions):
                     f"the solver `{self.solver.type}` decomposes several weights together, which have no one breakeven rank; give "
                     "a whole number, {fraction: …}, {energy: …} or a budget"
                 )
-        if isinstance(self.solver, GroupOptions) and (self.allocate == "learned" or isinstance(self.allocate, LearnedAllocation)):
-            raise ValueError(f"`allocate: learned` trains sites one by one, and `{self.solver.type}` decomposes several together")
+        learned = self.allocate == "learned" or isinstance(self.allocate, LearnedAllocation)
+        if learned and isinstance(self.solver, GroupOptions):
+            raise ValueError(
+                f"`allocate: learned` trains sites one by one, and `{self.solver.type}` decomposes several together"
+            )
         return self
 
 

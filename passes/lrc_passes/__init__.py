@@ -2,5 +2,6 @@
 
 from lrc_passes.factorize import factorize
 from lrc_passes.merge import merge
+from lrc_passes.slice import SlicePass
 
-BUILTIN = (factorize, merge)
+BUILTIN = (factorize, merge, SlicePass)

@@ -1,6 +1,6 @@
 """SmolLM2-135M: perplexity on WikiText-2 after compressing the 210 linears of its blocks.
 
-    python tests/benchmarks/bench_smollm2.py [--kept 0.9 0.8 0.6] [--form auto] [--solver kfac] [--propagate dense]
+    python tests/benchmarks/bench_smollm2.py [--kept 0.9 0.8 0.6] [--form auto] [--solver kfac …] [--propagate dense]
 
 Calibration: 32 windows of 512 tokens of the validation text; perplexity: the first 8 windows of 512 tokens of the test text,
 float32, each window alone. Baselines: the dense model, and plain SVD or whitened SVD at the same size.
@@ -26,6 +26,23 @@ SOLVERS: dict[str, dict[str, Any]] = {
 }
 
 
+SLICES: dict[str, dict[str, Any]] = {
+    "slice": {"type": "slice"},
+    "slice_residual": {"type": "slice", "signals": "residual"},
+    "slice_block": {"type": "slice", "bases": "block"},
+    "slice_block_residual": {"type": "slice", "bases": "block", "signals": "residual"},
+}
+
+
+def pass_of(solver: str, how: dict[str, Any], kept: float, form: str) -> dict[str, Any]:
+    common = {"targets": ["model.layers.**"], "rank": {"params_kept": kept}}
+    if solver in SLICES:
+        return {**SLICES[solver], **common}
+    return {
+        "type": "factorize", "solver": how, "form": form if solver in ("kfac", "dobi") else "two_factor", **common,
+    }  # fmt: skip
+
+
 def perplexity(runner: Any, samples: int = 8) -> float:
     request = Request(
         str(shared("wikitext2/wiki.test.tokens")),
@@ -44,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kept", type=float, nargs="+", default=[0.9, 0.8, 0.6])
     parser.add_argument("--form", default="auto", choices=["auto", "two_factor", "pivoted"])
-    parser.add_argument("--solver", nargs="+", default=["kfac"], choices=list(SOLVERS))
+    parser.add_argument("--solver", nargs="+", default=["kfac"], choices=[*SOLVERS, *SLICES])
     parser.add_argument("--propagate", default="dense", choices=["dense", "compressed"])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -55,8 +72,8 @@ def main() -> None:
     for solver in options.solver:
         for kept in options.kept:
             start = time.perf_counter()
-            how = dict(SOLVERS[solver])
-            if options.propagate == "compressed" and solver != "svd":
+            how = dict(SOLVERS.get(solver, {}))
+            if options.propagate == "compressed" and solver in ("kfac", "whitened"):
                 how["propagate"] = "compressed"
             done = lrc.compile(
                 program,
@@ -69,15 +86,7 @@ def main() -> None:
                         "batch_size": 2,
                         "seed": options.seed,
                     },
-                    "passes": [
-                        {
-                            "type": "factorize",
-                            "targets": ["model.layers.**"],
-                            "solver": how,
-                            "rank": {"params_kept": kept},
-                            "form": options.form if solver in ("kfac", "dobi") else "two_factor",
-                        }
-                    ],
+                    "passes": [pass_of(solver, how, kept, options.form)],
                 },
                 cache=WORK / "cache",
             )
