@@ -16,8 +16,8 @@ from lrc.program.residual import Stream
 def stream_moments(program: Program, stream: Stream, batches: Batches, *, normalized: bool) -> list[Tensor]:
     """Return E[x xᵀ] over unpadded tokens of what every norm reads, (width, width), float64, in the order of the norms.
 
-    Where norms take a mean off, it is off here too. normalized: every token counts as the norm gives it, with length sqrt(width),
-    so that the few tokens of a large norm do not outweigh the others. The program's numbers are not changed.
+    Where norms take a mean off, it is off here too. normalized: every token counts as the norm gives it, with length
+    sqrt(width), so that the few tokens of a large norm do not outweigh the others. The program's numbers are not changed.
     """
     walk = _Walk(program, stream, normalized=normalized)
     with torch.no_grad():
@@ -40,7 +40,8 @@ class _Walk(fx.Interpreter):
         value = super().run_node(n)
         if n.name in self.moments:
             norm = self.norms[n.name]
-            rows = rows_of(value, row_mask(n, value, self.masks, self.traced)).double()
+            rows = rows_of(value, row_mask(n, value, self.masks, self.traced))
+            rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
             if norm.centers:
                 rows = rows - rows.mean(1, keepdim=True)
             if self.normalized:

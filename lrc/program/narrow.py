@@ -7,8 +7,9 @@ from torch import fx, nn
 
 from lrc.maps import Indices, LinearMap, RmsNorm
 from lrc.program.edits import erase_unused, put
+from lrc.program.norms import inside_norm
 from lrc.program.program import Program
-from lrc.program.residual import Stream, inside_norm
+from lrc.program.residual import Stream
 from lrc.program.sites import Use
 
 REASON = "the residual connections hold matrices of their own (`bases: block`), for which the user's module has no place"

@@ -6,41 +6,25 @@ It is found by what the graph computes: normalised values that linears read, and
 that touches the stream is a reason why its directions may not be changed.
 """
 
-import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lrc.errors import UsageError
 from lrc.program.find import plain_name
+from lrc.program.norms import ADDS, CASTS, Norm, inside_norm, match_norm, module_of
 from lrc.program.products import stored
 from lrc.program.program import Program
 
 aten = torch.ops.aten
-ADDS = {aten.add.Tensor, aten.add_.Tensor, operator.add}
 SILENT = {aten._assert_tensor_metadata.default, aten.sym_size.int}
-CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
 SAME = CASTS | {
     aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
     aten.slice.Tensor, aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.select.int, aten.expand.default,
 }  # fmt: skip
 SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation of the stream. fqn: its module; reads, gives: names of nodes; centers: a mean is taken off first."""
-
-    fqn: str
-    reads: str
-    gives: str
-    weight: str | None
-    bias: str | None
-    eps: float
-    centers: bool
 
 
 @dataclass(frozen=True)
@@ -104,6 +88,7 @@ class _Search:
         self.order = {node: place for place, node in enumerate(self.graph.nodes)}
         self.site_of = {use.node: site for site in program.sites.values() for use in site.uses}
         self.norms: dict[fx.Node, tuple[Norm, fx.Node]] = {}  # by the node that gives, with the node that it reads
+        self.inside: dict[fx.Node, tuple[fx.Node, Norm, fx.Node]] = {}  # what any norm is made of
         self.stream: dict[fx.Node, None] = {}
         self.after: dict[fx.Node, fx.Node] = {}  # a value that is handed on as it is, after a norm
         self.readers: dict[str, fx.Node] = {}
@@ -116,17 +101,18 @@ class _Search:
         seeds = [(norm, reads) for norm, reads in norms if self._read_by_linears(self._node(norm.gives))]
         if not seeds:
             raise refusal("no linear layer reads a normalised value: there is no residual stream with norms before its blocks")
+        for norm, reads in norms:
+            gives = self._node(norm.gives)
+            self.inside |= dict.fromkeys(inside_norm(gives, reads), (gives, norm, reads))
         self.norms = {self._node(norm.gives): (norm, reads) for norm, reads in seeds}
-        self.inner = {node for norm, reads in seeds for node in inside_norm(self._node(norm.gives), reads)}
         waiting = [reads for _, reads in seeds]
         while waiting:
             node = waiting.pop()
             if node not in self.stream:
                 self.stream[node] = None
                 waiting += [*self._made_of(node), *self._used_by(node)]
-        for gives, (norm, reads) in self.norms.items():
-            if reads in self.stream:
-                self._follow(gives, norm)
+        for gives, (norm, _) in self.norms.items():
+            self._follow(gives, norm)
         return self._in_bases()
 
     def _node(self, name: str) -> fx.Node:
@@ -161,6 +147,8 @@ class _Search:
             terms = [arg for arg in node.args if isinstance(arg, fx.Node)]
             if all(stored(term) is None for term in terms):
                 return terms
+        if node in self.inside and self.inside[node][0] is node:
+            raise behind(self.inside[node][1])
         if node.target in SAME:
             return [node.args[0]]  # type: ignore[list-item]  # a node
         if node.target in SCALES and not isinstance(node.args[1], fx.Node):
@@ -171,7 +159,11 @@ class _Search:
         """Return the values of the stream that are made of a value."""
         found = []
         for user in node.users:
-            if user in self.inner or user in self.stream or user.target in SILENT or self._reads_norm(user, node):
+            if user in self.inside and self.inside[user][2] is node:
+                gives, norm, reads = self.inside[user]
+                self.norms[gives] = (norm, reads)
+                continue
+            if user in self.stream or user.target in SILENT:
                 continue
             adds = user.target in ADDS and not user.kwargs
             scales = user.target in SCALES and not isinstance(user.args[1], fx.Node)
@@ -180,9 +172,6 @@ class _Search:
                 continue
             raise refusal(f"{user.name} ({self._said(user)}) reads the stream without a norm before it")
         return found
-
-    def _reads_norm(self, user: fx.Node, node: fx.Node) -> bool:
-        return any(gives is user and reads is node for gives, (_, reads) in self.norms.items())
 
     def _keeps_features(self, node: fx.Node) -> bool:
         read, given = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]  # a node
@@ -209,10 +198,7 @@ class _Search:
                 elif user.target in SAME and self._keeps_features(user):
                     waiting.append(user)
                 elif user in self.stream:
-                    raise refusal(
-                        f"what {norm.fqn} gives is added to the stream again: norms stand behind the blocks (post-norm), and "
-                        "no change of basis passes them"
-                    )
+                    raise behind(norm)
                 elif user.target not in SILENT:
                     raise refusal(f"what {norm.fqn} gives is read by {self._said(user)}, which is no linear layer")
 
@@ -267,88 +253,17 @@ class _Search:
         return node
 
 
-def match_norm(node: fx.Node) -> tuple[Norm, fx.Node] | None:
-    """Return the norm that a node gives and the node that it reads, or None: LayerNorm, RMSNorm, or the latter spelled out."""
-    if node.target == aten.layer_norm.default:
-        return _fused(node, centers=True)
-    if node.target == aten.rms_norm.default:
-        return _fused(node, centers=False)
-    return _spelled_out(node)
-
-
-def _fused(node: fx.Node, *, centers: bool) -> tuple[Norm, fx.Node] | None:
-    arguments = [*node.args, None, None, None][:5]
-    x, shape, weight, bias, eps = arguments if centers else (*arguments[:3], None, arguments[3])
-    sources = [None if given is None else stored(given) for given in (weight, bias)]
-    missing = any(given is not None and source is None for given, source in zip((weight, bias), sources, strict=True))
-    if not isinstance(x, fx.Node) or not isinstance(shape, list | tuple) or len(shape) != 1 or missing:
-        return None
-    if eps is None:
-        eps = 1e-5 if centers else torch.finfo(x.meta["val"].dtype).eps
-    names = [None if source is None else source[0] for source in sources]
-    owner = next((name.rpartition(".")[0] for name in names if name is not None), module_of(node))
-    return Norm(owner, x.name, node.name, names[0], names[1], float(eps), centers), x  # type: ignore[arg-type]  # a number
-
-
-def _spelled_out(node: fx.Node) -> tuple[Norm, fx.Node] | None:
-    """Match weight * cast(x * rsqrt(mean(x²) + eps))."""
-    if node.target != aten.mul.Tensor:
-        return None
-    for weight, scaled in (node.args, node.args[::-1]):
-        source = stored(weight)
-        if source is None or not isinstance(scaled, fx.Node):
-            continue
-        normalised = without_casts(scaled)
-        for x, root in (normalised.args, normalised.args[::-1]) if normalised.target == aten.mul.Tensor else ():
-            if not isinstance(x, fx.Node) or not isinstance(root, fx.Node) or root.target != aten.rsqrt.default:
-                continue
-            total = root.args[0]
-            if not isinstance(total, fx.Node) or total.target not in ADDS or not isinstance(total.args[1], float | int):
-                continue
-            mean = total.args[0]
-            if not isinstance(mean, fx.Node) or mean.target != aten.mean.dim or list(mean.args[1]) != [-1]:  # type: ignore[call-overload]  # dims
-                continue
-            squares = mean.args[0]
-            if not isinstance(squares, fx.Node) or squares.target != aten.pow.Tensor_Scalar or squares.args != (x, 2):
-                continue
-            read = x.args[0] if x.target in CASTS and _dtype(x.args[0]) != _dtype(x) else x
-            owner = source[0].rpartition(".")[0]
-            return Norm(owner, read.name, node.name, source[0], None, float(total.args[1]), False), read  # type: ignore[union-attr]  # a node
-    return None
-
-
-def inside_norm(gives: fx.Node, reads: fx.Node) -> Iterable[fx.Node]:
-    """Return the nodes that a norm is made of, the value that it reads left out."""
-    waiting, found = [gives], {}
-    while waiting:
-        node = waiting.pop()
-        if node is not reads and node not in found:
-            found[node] = None
-            waiting += node.all_input_nodes
-    return found
-
-
-def without_casts(node: fx.Node) -> fx.Node:
-    """Return what a node is a cast of."""
-    while node.target in CASTS:
-        node = node.args[0]  # type: ignore[assignment]  # a node
-    return node
-
-
-def module_of(node: fx.Node) -> str:
-    """Return the name of the module whose `forward` made a node, "" where it is not known."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]).removeprefix("L['self'].").strip(".") if stack else ""
+def behind(norm: Norm) -> UsageError:
+    """Return the error of a norm whose outputs are added up again."""
+    return refusal(
+        f"what {norm.fqn} gives is added to the stream again: norms stand behind the blocks (post-norm), and no change of "
+        "basis passes them"
+    )
 
 
 def refusal(why: str) -> UsageError:
     """Return the error of a program whose residual stream may not be changed."""
     return UsageError("slice", message=f"the residual stream cannot be sliced: {why}", hint="Use `factorize` for this model")
-
-
-def _dtype(node: Any) -> torch.dtype | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return value.dtype if isinstance(value, Tensor) else None
 
 
 def _last(value: Tensor) -> int:

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from lrc.maps import LinearMap
 from lrc.measure.workload import Workload
 from lrc.program import Program
-from lrc.ranks import AllocateField, BreakevenRank, RankField
+from lrc.ranks import AllocateField, BreakevenRank, LearnedAllocation, RankField
 from lrc.run.plan import Decision
 from lrc.solvers import Decomposition, GroupOptions, Moments, Need, SolverOptions
 from lrc.spec.base import Tagged
@@ -88,8 +88,8 @@ class RankedOptions(PassOptions):
                 raise ValueError(f"the solver `{self.solver.type}` has a form of its own; leave `form` out")
             if isinstance(self.rank, BreakevenRank):
                 raise ValueError(
-                    f"the solver `{self.solver.type}` decomposes several weights together, which have no one breakeven rank; give "
-                    "a whole number, {fraction: …}, {energy: …} or a budget"
+                    f"the solver `{self.solver.type}` decomposes several weights together, which have no one breakeven rank; "
+                    "give a whole number, {fraction: …}, {energy: …} or a budget"
                 )
         learned = self.allocate == "learned" or isinstance(self.allocate, LearnedAllocation)
         if learned and isinstance(self.solver, GroupOptions):

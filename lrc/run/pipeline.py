@@ -8,6 +8,7 @@ from lrc.program import Program, Site
 from lrc.run.passes import PassOptions, pass_for
 from lrc.run.plan import Decision, Plan
 from lrc.run.session import Session
+from lrc.run.site_pass import SitePass
 from lrc.solvers import Need
 
 
@@ -21,8 +22,8 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
         made = pass_for(options)
         decided = list(made.plan(twin, session, options, index))
         last = index == len(passes) - 1
-        if last:
-            saved = difference(twin, decided)
+        if last and isinstance(made, SitePass):
+            saved = difference(twin, decided)  # of a pass that edits the graph, only doing so tells
         else:
             decided = list(made.apply(twin, session, options, decided))
         decisions += decided

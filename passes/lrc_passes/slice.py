@@ -10,28 +10,28 @@ data, and the weakest ones are deleted: rows of all that writes, columns of all 
 own, no solver of `factorize`: no weight is approximated by a product, and every site gets another shape at once.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from lrc.errors import UsageError
-from lrc.maps import Chain, Dense, LinearMap, Lookup, restore
+from lrc.maps import Chain, Dense, LinearMap, Lookup
 from lrc.measure import digest
 from lrc.measure.stream import stream_moments
 from lrc.program import Program, Site
 from lrc.program.narrow import narrow_stream
 from lrc.program.residual import Stream, find_stream
 from lrc.ranks import FixedRank, FractionRank, ParamsKept, RankField
-from lrc.run import Decision, PassOptions, Session, Summary, program_pass
+from lrc.run import Decision, PassOptions, Session, program_pass
 from lrc.run.selection import Selected, select_sites
 from lrc.run.summary import summarize
 from lrc.solvers import Need
 from lrc.solvers.rotation import directions, rotated_reader, rotated_writer
+from lrc_passes.slice_sizes import STREAM, Sizes, chosen_width, keeps_table
 
-STREAM = "the residual stream"
 UNIT = "share of the stream's energy"
 
 
@@ -58,6 +58,11 @@ class Slice(PassOptions):
         "for each.",
     )
     needs: ClassVar[frozenset[Need]] = frozenset()
+
+    @property
+    def grafts(self) -> bool:
+        """Say whether the result has a place in the user's own modules."""
+        return self.bases == "shared"
 
     @model_validator(mode="after")
     def _rank_of_the_stream(self) -> Self:
@@ -149,7 +154,7 @@ def checked_stream(program: Program, options: Slice, where: str) -> Stream:
 
 
 def bases_of(program: Program, session: Session, stream: Stream, options: Slice) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the directions of every basis, (width, width), and their shares of the energy, from the cache if they are there."""
+    """Return the directions of every basis, (width, width), and their shares of the energy; what was measured is cached."""
     key = digest(
         "stream-1", program.digest(), list(session.batches), options.signals, torch.__version__, torch.get_num_threads()
     )
@@ -194,94 +199,6 @@ def sliced_table(program: Program, stream: Stream, module: str, cut: Sequence[Te
     if options.tied == "keep":
         return Chain(weight.to(table.dtype).contiguous(), Lookup(table, padding))
     return Lookup((table.detach().double() @ weight.T).to(table.dtype).contiguous(), padding)
-
-
-def keeps_table(site: Site, stream: Stream, options: Slice) -> bool:
-    """Say whether a head keeps the table that it shares with an embedding of the stream."""
-    return bool(site.tied) and bool(stream.embeddings) and options.tied == "keep"
-
-
-class Sizes:
-    """What the sites of a stream cost at a width, without making their maps."""
-
-    def __init__(self, program: Program, stream: Stream, options: Slice) -> None:
-        self.program, self.stream, self.options = program, stream, options
-        self.touched = [fqn for fqn in program.sites if fqn in stream.readers or fqn in stream.writers]
-        pairs = stream.shortcuts if options.bases == "block" else ()
-        self.shortcuts: dict[str, int] = {}
-        for cut in pairs:
-            owner = next((fqn for fqn, basis in stream.writers.items() if basis == cut.after), self.touched[0])
-            self.shortcuts[owner] = self.shortcuts.get(owner, 0) + 1
-
-    def after(self, fqn: str, width: int) -> Summary:
-        """Return the map of a site at a width in numbers, with the matrices of the residual connections that it writes into."""
-        site = self.program.sites[fqn]
-        maps = [self._map(site, width), *self._beside(site, width)]
-        parts = [summarize(made) for made in maps]
-        text = parts[0].text if len(parts) == 1 else f"{parts[0].text} + {', '.join(part.text for part in parts[1:])}"
-        return Summary(text, sum(p.parameters for p in parts), sum(p.bytes for p in parts), sum(p.flops for p in parts))
-
-    def _map(self, site: Site, width: int) -> LinearMap:
-        reads, writes = site.fqn in self.stream.readers, site.fqn in self.stream.writers
-        out_features, in_features = width if writes else site.out_features, width if reads else site.in_features
-        bias = site.bias is not None or (reads and self.stream.norms[self.stream.norm_of[site.fqn]].bias is not None)
-        full = self.stream.width
-        structure: Mapping[str, Any] = {"map": "dense", "shape": [out_features, in_features], "bias": bias}
-        if site.kind == "embedding":
-            structure = {"map": "lookup", "shape": [in_features, out_features], "padding_index": None, "bias": bias}
-        elif keeps_table(site, self.stream, self.options):
-            structure = {"map": "chain", "names": ["B", "A"], "parts": [[out_features, full], [full, width]], "bias": bias}
-        return outline(structure, site)
-
-    def _beside(self, site: Site, width: int) -> list[LinearMap]:
-        shapes = [[width, width]] * self.shortcuts.get(site.fqn, 0)
-        if keeps_table(site, self.stream, self.options):
-            shapes += [[width, self.stream.width]] * len(self.stream.embeddings)
-        made = [outline({"map": "dense", "shape": shape, "bias": False}, site) for shape in shapes]
-        if site.tied and self.stream.embeddings and self.options.tied == "untie":
-            made += [
-                outline({"map": "lookup", "shape": [site.out_features, width], "padding_index": None, "bias": False}, site)
-            ]
-        return made
-
-
-def chosen_width(sizes: Sizes, counted: Sequence[str], options: Slice) -> int:
-    """Return the features that the stream keeps. Raises UsageError for more than there are, and a budget that is too small."""
-    full, rank, step = sizes.stream.width, options.rank, options.round_to
-    if isinstance(rank, FixedRank):
-        if rank.rank > full:
-            raise UsageError(STREAM, expected=f"rank <= {full} (its features)", got=str(rank.rank), hint="Lower `rank`")
-        return rank.rank
-    if isinstance(rank, FractionRank):
-        return full if rank.fraction == 1 else max(step, rank.most(full, full) // step * step)
-    assert isinstance(rank, ParamsKept), "the options have checked it"
-    before = {fqn: sizes.program.sites[fqn].map.cost(1).parameters for fqn in counted}
-    amount = rank.params_kept * sum(before.values()) * (1 + 1e-12)
-    if rank.params_kept == 1:
-        return full
-    still = sum(size for fqn, size in before.items() if fqn not in sizes.touched)
-    extra = [fqn for fqn in sizes.shortcuts if fqn not in before]  # matrices between bases count, whoever is a target
-
-    def cost(width: int) -> int:
-        return (
-            still + sum(sizes.after(fqn, width).parameters for fqn in counted if fqn in sizes.touched) + len(extra) * width**2
-        )
-
-    low, high = 0, (full - 1) // step
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(middle * step) <= amount else (low, middle - 1)
-    if low == 0:
-        least = cost(step) / max(sum(before.values()), 1)
-        raise UsageError("rank.params_kept", expected=f"at least {least:.4g} (a stream of {step})", got=f"{rank.params_kept:g}")
-    return low * step
-
-
-def outline(structure: Mapping[str, Any], site: Site) -> LinearMap:
-    """Return a map without numbers in the dtype of a site."""
-    with torch.device("meta"):
-        made: LinearMap = restore(structure)
-        return made.to(site.dtype)
 
 
 def kept(program: Program, index: int, chosen: Selected, reason: str) -> Decision:

@@ -34,13 +34,12 @@ SLICES: dict[str, dict[str, Any]] = {
 }
 
 
-def pass_of(solver: str, how: dict[str, Any], kept: float, form: str) -> dict[str, Any]:
+def pass_of(solver: str, how: dict[str, Any], kept: float, form: str, steps: int) -> dict[str, Any]:
     common = {"targets": ["model.layers.**"], "rank": {"params_kept": kept}}
     if solver in SLICES:
         return {**SLICES[solver], **common}
-    return {
-        "type": "factorize", "solver": how, "form": form if solver in ("kfac", "dobi") else "two_factor", **common,
-    }  # fmt: skip
+    made = {"type": "factorize", "solver": how, "form": form if solver in ("kfac", "dobi") else "two_factor", **common}
+    return {**made, "allocate": {"type": "learned", "steps": steps}} if solver == "dobi" else made
 
 
 def perplexity(runner: Any, samples: int = 8) -> float:
@@ -63,6 +62,7 @@ def main() -> None:
     parser.add_argument("--form", default="auto", choices=["auto", "two_factor", "pivoted"])
     parser.add_argument("--solver", nargs="+", default=["kfac"], choices=[*SOLVERS, *SLICES])
     parser.add_argument("--propagate", default="dense", choices=["dense", "compressed"])
+    parser.add_argument("--steps", type=int, default=64, help="of the learned ranks of dobi")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
@@ -86,13 +86,14 @@ def main() -> None:
                         "batch_size": 2,
                         "seed": options.seed,
                     },
-                    "passes": [pass_of(solver, how, kept, options.form)],
+                    "passes": [pass_of(solver, how, kept, options.form, options.steps)],
                 },
                 cache=WORK / "cache",
             )
             seconds = time.perf_counter() - start
             row = {"solver": solver, "kept": kept, "form": options.form, "propagate": options.propagate}
             row |= {"perplexity": round(perplexity(done.program), 2), "compile_seconds": round(seconds, 1)}
+            row |= {"notes": list(done.plan.notes)} if done.plan.notes else {}
             rows.append(row)
             print(row, flush=True)
     show("perplexity of SmolLM2-135M on WikiText-2", rows, calibration="32 x 512 tokens of validation", test="8 x 512 tokens")
