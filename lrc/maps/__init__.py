@@ -11,7 +11,7 @@ from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
 from lrc.maps.places import Pick, Spread, pick_of, spread_of, without_pick, without_spread
 from lrc.maps.simplify import Folded, fold, simplify
-from lrc.maps.structure import pivoted_structure, restore
+from lrc.maps.structure import pivoted_structure, restore, restore_module
 
 __all__ = [
     "Affine",
@@ -46,6 +46,7 @@ __all__ = [
     "pivoted_structure",
     "planned",
     "restore",
+    "restore_module",
     "simplify",
     "spread_of",
     "without_pick",

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from lrc.maps.base import Structure
+from lrc.maps.base import LinearMap, Structure
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain
 from lrc.maps.leaves import Dense, Diagonal, Permutation
@@ -14,12 +15,12 @@ from lrc.maps.norms import RmsNorm
 from lrc.maps.pivoted import Pivoted
 from lrc.maps.places import Pick, Spread
 
-KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, RmsNorm)
-MAPS: dict[str, Any] = {kind.word: kind for kind in KINDS}
+KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread)
+MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 
 
-def restore(structure: Mapping[str, Any]) -> Any:
-    """Return a map, or a norm, of this structure with uninitialised numbers, on the current device and in the current dtype.
+def restore(structure: Mapping[str, Any]) -> LinearMap:
+    """Return a map of this structure with uninitialised numbers, on the current device and in the current dtype.
 
     Raises ValueError for a structure that no map has written.
     """
@@ -31,6 +32,11 @@ def restore(structure: Mapping[str, Any]) -> Any:
         return kind.restored(data)
     except (KeyError, TypeError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"not the structure of a map: {structure!r}") from error
+
+
+def restore_module(structure: Mapping[str, Any]) -> nn.Module:
+    """Return a map, or a norm without numbers, of this structure. Raises ValueError for one that neither has written."""
+    return RmsNorm.restored(dict(structure)) if structure.get("map") == RmsNorm.word else restore(structure)
 
 
 def _part(part: Any) -> Any:

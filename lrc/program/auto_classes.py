@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lrc.errors import ModelError
-from lrc.maps import restore
+from lrc.maps import restore_module
 from lrc.program.checks import check_finite, need_transformers
 from lrc.program.graft import forget_ties, share_factors
 
@@ -106,7 +106,7 @@ def install(model: nn.Module, section: Mapping[str, Any]) -> None:
         for fqn, structure in section["sites"].items():
             place = _place(model, fqn, prefix)
             if place is not None:
-                model.set_submodule(place, restore(structure))
+                model.set_submodule(place, restore_module(structure))
     finally:
         torch.set_default_dtype(previous)
 

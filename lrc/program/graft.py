@@ -27,8 +27,8 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
         name, reason = next(iter(program.inserted.items()))
         raise LowerError(name, message=reason, hint="Use `.module`, or export `format: onnx` or `pt2`")
     twin = share(source)
-    for fqn, module in program.modules.items():
-        _put(twin, fqn, module)
+    for fqn, norm in program.modules.items():
+        _put(twin, fqn, norm)
     for fqn in program.maps:
         site = program.site(fqn)
         if not site.has_module:

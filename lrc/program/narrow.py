@@ -12,6 +12,7 @@ from lrc.program.program import Program
 from lrc.program.residual import Stream
 from lrc.program.sites import Use
 
+BY = "slice"
 REASON = "the residual connections hold matrices of their own (`bases: block`), for which the user's module has no place"
 
 
@@ -23,7 +24,7 @@ def narrow_stream(
     maps: of every reader and writer, and of the embeddings that are no sites. shortcuts: by the bases before and after.
     """
     for fqn in {**stream.readers, **stream.writers}:
-        program.replace(fqn, maps[fqn], "slice", settle=False, resize=True)
+        program.replace(fqn, maps[fqn], BY, settle=False, resize=True)
     program.__dict__.pop("nodes", None)
     for module in stream.embeddings:
         _embedding(program, stream, module, maps[module])
@@ -34,7 +35,7 @@ def narrow_stream(
         made = shortcuts[cut.before, cut.after]
         name = f"slice_shortcut_{place}"
         put(program.graph_module, name, made)
-        program.inserted[name] = REASON
+        program.inserted[name], program.made_by[name] = REASON, BY
         with graph.inserting_before(nodes[cut.add]):
             new = graph.create_node("call_module", name, (nodes[cut.operand],), name=name)
         new.meta = dict(nodes[cut.operand].meta)
@@ -61,7 +62,7 @@ def _embedding(program: Program, stream: Stream, module: str, made: LinearMap) -
         site, fqn=module, weight_name=table, shape=(made.out_features, made.in_features), layout=Indices(None),
         type_name="Embedding", uses=(use,), tied=(), has_module=True,
     )  # fmt: skip
-    program.maps[module], program.made_by[module] = made, "slice"
+    program.maps[module], program.made_by[module] = made, BY
     _call(program, node, module, ids, made)
 
 
@@ -72,7 +73,7 @@ def _norm(program: Program, fqn: str, reads: str, gives: str, made: RmsNorm) -> 
             if not user.users and user.op == "call_function" and "assert" in str(user.target):
                 program.graph_module.graph.erase_node(user)
     _call(program, node, fqn, read, made)
-    program.modules[fqn] = made
+    program.modules[fqn], program.made_by[fqn] = made, BY
 
 
 def _call(program: Program, node: fx.Node, name: str, read: fx.Node, made: nn.Module) -> None:

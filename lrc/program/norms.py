@@ -57,30 +57,36 @@ def _spelled_out(node: fx.Node) -> tuple[Norm, fx.Node] | None:
         return None
     for weight, scaled in (node.args, node.args[::-1]):
         source = stored(weight)
-        if source is None or not isinstance(scaled, fx.Node):
+        normalised = without_casts(scaled) if isinstance(scaled, fx.Node) else None
+        if source is None or normalised is None or normalised.target != aten.mul.Tensor:
             continue
-        normalised = without_casts(scaled)
-        for x, root in (normalised.args, normalised.args[::-1]) if normalised.target == aten.mul.Tensor else ():
-            if not isinstance(x, fx.Node) or not isinstance(root, fx.Node) or root.target != aten.rsqrt.default:
-                continue
-            total = root.args[0]
-            if not isinstance(total, fx.Node) or total.target not in ADDS or not isinstance(total.args[1], float | int):
-                continue
-            mean = total.args[0]
-            if not isinstance(mean, fx.Node) or mean.target != aten.mean.dim or list(mean.args[1]) != [-1]:  # type: ignore[call-overload]  # dims
-                continue
-            squares = mean.args[0]
-            if not isinstance(squares, fx.Node) or squares.target != aten.pow.Tensor_Scalar or squares.args != (x, 2):
-                continue
-            read = x.args[0] if x.target in CASTS and _dtype(x.args[0]) != _dtype(x) else x
-            owner = source[0].rpartition(".")[0]
-            return Norm(owner, read.name, node.name, source[0], None, float(total.args[1]), False), read  # type: ignore[union-attr]  # a node
+        for x, root in (normalised.args, normalised.args[::-1]):
+            eps = _root_of_mean_square(root, x)
+            if eps is not None and isinstance(x, fx.Node):
+                before = x.args[0] if x.target in CASTS else None
+                read = before if isinstance(before, fx.Node) and _dtype(before) != _dtype(x) else x
+                return Norm(source[0].rpartition(".")[0], read.name, node.name, source[0], None, eps, False), read
     return None
+
+
+def _root_of_mean_square(node: Any, x: Any) -> float | None:
+    """Return the eps of rsqrt(mean(x²) + eps) over the last dimension, or None for anything else."""
+    if not isinstance(node, fx.Node) or node.target != aten.rsqrt.default:
+        return None
+    total: Any = node.args[0]
+    if total.target not in ADDS or not isinstance(total.args[1], float | int):
+        return None
+    mean: Any = total.args[0]
+    if not isinstance(mean, fx.Node) or mean.target != aten.mean.dim or mean.args[1] != [-1]:
+        return None
+    squares: Any = mean.args[0]
+    return float(total.args[1]) if squares.target == aten.pow.Tensor_Scalar and squares.args == (x, 2) else None
 
 
 def inside_norm(gives: fx.Node, reads: fx.Node) -> Iterable[fx.Node]:
     """Return the nodes that a norm is made of, the value that it reads left out."""
-    waiting, found = [gives], {}
+    waiting = [gives]
+    found: dict[fx.Node, None] = {}
     while waiting:
         node = waiting.pop()
         if node is not reads and node not in found:

@@ -111,9 +111,25 @@ class _Search:
             if node not in self.stream:
                 self.stream[node] = None
                 waiting += [*self._made_of(node), *self._used_by(node)]
-        for gives, (norm, _) in self.norms.items():
+        for gives, (norm, reads) in self.norms.items():
+            self._check_module(norm, set(inside_norm(gives, reads)))
             self._follow(gives, norm)
         return self._in_bases()
+
+    def _check_module(self, norm: Norm, inside: set[fx.Node]) -> None:
+        """Raise UsageError where a norm is not all that its module does: nothing may take that module's place."""
+        own = {norm.weight, norm.bias}
+        more = [name for name in self.program.tensors() if name.startswith(f"{norm.fqn}.") and name not in own]
+        more += [
+            node.name
+            for node in self.graph.nodes
+            if node.op == "call_function"
+            and node not in inside
+            and node.target not in SILENT | CASTS
+            and module_of(node) == norm.fqn
+        ]
+        if more or not norm.fqn:
+            raise refusal(f"the norm {norm.gives} is no module of its own: {norm.fqn or 'the model'} does more")
 
     def _node(self, name: str) -> fx.Node:
         return self.program.nodes[name]

@@ -69,8 +69,9 @@ class _Writer:
     def map_lines(self, node: fx.Node, fqn: str) -> Iterator[str]:
         """Yield the operations of the map that a node calls, as tracing it shows them."""
         made = self.program.graph_module.get_submodule(str(node.target))
+        fqn = fqn or str(node.target)
         by = self.program.made_by.get(fqn, "")
-        note = f"# {by} @ {fqn}" if by else f"# {fqn or node.target}"
+        note = f"# {by} @ {fqn}" if by else f"# {fqn}"
         if isinstance(made, RmsNorm):
             yield self.norm_line(node, made, note)
             return

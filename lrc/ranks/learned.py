@@ -150,4 +150,5 @@ def _cost(courses: Sequence[Course], shares: Vector) -> float:
 
 def _bounded(courses: Sequence[Course], shares: Vector) -> Vector:
     full = np.array([course.bounds[1] for course in courses])
-    return np.clip(shares, np.array([course.bounds[0] for course in courses]) / full, 1.0)
+    bounded: Vector = np.clip(shares, np.array([course.bounds[0] for course in courses]) / full, 1.0)
+    return bounded

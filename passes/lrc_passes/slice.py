@@ -163,7 +163,7 @@ def bases_of(program: Program, session: Session, stream: Stream, options: Slice)
         found = stream_moments(program, stream, session.batches, normalized=options.signals == "normalized")
         stored = {str(place): moment for place, moment in enumerate(found)}
         session.cache.put(key, stored)
-    made = [directions(sum((stored[str(place)] for place in places), torch.tensor(0.0))) for places in stream.bases]  # type: ignore[arg-type]  # a tensor
+    made = [directions(torch.stack([stored[str(place)] for place in places]).sum(0)) for places in stream.bases]
     return [Q for Q, _ in made], [shares for _, shares in made]
 
 

@@ -19,10 +19,21 @@ STREAM = "the residual stream"
 class Cut(Protocol):
     """The options that sizes depend on."""
 
-    rank: RankPolicy
-    round_to: int
-    bases: Any
-    tied: Any
+    @property
+    def rank(self) -> RankPolicy:
+        """Features to keep."""
+
+    @property
+    def round_to(self) -> int:
+        """What they are a multiple of."""
+
+    @property
+    def bases(self) -> str:
+        """`shared` or `block`."""
+
+    @property
+    def tied(self) -> str:
+        """`keep` or `untie`."""
 
 
 def keeps_table(site: Site, stream: Stream, options: Cut) -> bool:

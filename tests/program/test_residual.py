@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import Captured, block
-from torch import nn
+from torch import Tensor, nn
 
 import lrc
 from lrc.errors import UsageError
@@ -119,3 +119,21 @@ def test_a_norm_of_a_narrower_stream_divides_by_the_features_that_there_were() -
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x[:, 5:] = 0
     assert torch.allclose(RmsNorm(8, 1e-4)(x[:, :5]), RmsNorm(8, 1e-4)(x)[:, :5])
+
+
+class Functional(nn.Module):
+    """A block that normalises by a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.up, self.down = nn.Parameter(torch.ones(8)), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(nn.functional.rms_norm(x, (8,), self.scale))))
+
+
+def test_a_norm_that_is_part_of_a_larger_module_is_refused_lest_that_be_replaced() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 8), Functional(), nn.RMSNorm(8), nn.Linear(8, 3)).eval()
+    with pytest.raises(UsageError, match="the norm rms_norm is no module of its own: 1 does more"):
+        find_stream(lrc.capture(model, (torch.arange(6).reshape(2, 3),)))
