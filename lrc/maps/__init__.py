@@ -10,7 +10,9 @@ from lrc.maps.norms import RmsNorm
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
 from lrc.maps.places import Pick, Spread, pick_of, spread_of, without_pick, without_spread
-from lrc.maps.simplify import Folded, fold, simplify
+from lrc.maps.quantized import Quantized
+from lrc.maps.simplify import Folded, fold, rebuilt, simplify
+from lrc.maps.sparse import Sparse
 from lrc.maps.structure import pivoted_structure, restore, restore_module
 
 __all__ = [
@@ -32,9 +34,11 @@ __all__ = [
     "Permutation",
     "Pick",
     "Pivoted",
+    "Quantized",
     "RmsNorm",
     "Rows",
     "Scale",
+    "Sparse",
     "Spread",
     "Structure",
     "Sum",
@@ -45,6 +49,7 @@ __all__ = [
     "pick_of",
     "pivoted_structure",
     "planned",
+    "rebuilt",
     "restore",
     "restore_module",
     "simplify",

@@ -14,8 +14,12 @@ from lrc.maps.lookup import Lookup
 from lrc.maps.norms import RmsNorm
 from lrc.maps.pivoted import Pivoted
 from lrc.maps.places import Pick, Spread
+from lrc.maps.quantized import Quantized
+from lrc.maps.sparse import Sparse
 
-KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread)
+KINDS = (
+    Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, Quantized, Sparse,
+)  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 
 

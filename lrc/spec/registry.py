@@ -151,6 +151,7 @@ class Registered:
 
 PASSES = Registry("pass", "lrc.passes")
 SOLVERS = Registry("solver", "lrc.solvers")
+SPLITTERS = Registry("splitter", "lrc.splitters")
 RANKS = Registry("rank policy", "lrc.ranks")
 METRICS = Registry("metric", "lrc.metrics")
 EXPORTERS = Registry("export format", "lrc.exporters", tag="format")

@@ -2,6 +2,8 @@
 
 from lrc_passes.factorize import factorize
 from lrc_passes.merge import merge
+from lrc_passes.quantize import quantize
 from lrc_passes.slice import SlicePass
+from lrc_passes.split import split
 
-BUILTIN = (factorize, merge, SlicePass)
+BUILTIN = (factorize, merge, quantize, SlicePass, split)
