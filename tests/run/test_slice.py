@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from models import block
+from models import Captured, block, inputs_for
 from torch import Tensor, nn
 
 import lrc
@@ -242,3 +242,16 @@ def test_a_budget_that_the_stream_knows_nothing_of_is_refused(program: Callable[
 def test_an_encoder_with_norms_behind_its_blocks_is_refused(bert: Path, data: Path, in_tmp: Path) -> None:
     with pytest.raises(UsageError, match="post-norm"):
         lrc.plan(str(bert), spec(data, rank=8))
+
+
+@bases
+@pytest.mark.parametrize("name", ["qwen3", "opt"])
+def test_other_architectures_are_the_same_at_full_width(
+    name: str, bases: str, captured: Callable[[str], Captured], in_tmp: Path
+) -> None:
+    """Norms of the heads beside those of the stream (Qwen3); positions with an offset, LayerNorms (OPT)."""
+    dense, given = captured(name).program, inputs_for(name, 2, 7, padded=False)
+    asked = {"version": 1, "passes": [{"type": "slice", "rank": 16, "bases": bases}]}
+    done = lrc.compile(dense, asked, calibration=[given])
+    wanted, found = (p(**given)["logits"].detach() for p in (dense, done.program))
+    assert float((found - wanted).abs().max()) <= rounding(wanted)
