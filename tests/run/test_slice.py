@@ -151,8 +151,9 @@ def test_the_plan_is_what_is_carried_out(program: Callable[[str], Any], data: Pa
     planned, done = lrc.plan(program("llama"), asked), lrc.compile(program("llama"), asked)
     assert planned.decisions == done.plan.decisions
     assert planned.parameters == done.plan.parameters == (planned.parameters[0], done.program.size()[0])
-    (note,) = planned.notes
-    assert "2 sites beside the targets lie on the stream" in note
+    counted = totals([d for d in planned.decisions if d.rule != "the residual stream"])
+    assert f"parameters of the targets: {counted[0]} → {counted[1]} (" in planned.notes[0]
+    assert planned.notes[1] == "slice: beside the targets model.embed_tokens, lm_head lie on the stream and are cut too"
 
 
 def test_the_predicted_loss_is_the_share_of_the_stream_that_is_dropped(data: Path, in_tmp: Path) -> None:
