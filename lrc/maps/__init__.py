@@ -6,12 +6,14 @@ from lrc.maps.conv import Conv, ConvChain, Geometry
 from lrc.maps.layouts import Indices, Layout, Patches, Rows, planned
 from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
 from lrc.maps.lookup import Lookup
+from lrc.maps.norms import RmsNorm
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.places import Pick, Spread, pick_of, spread_of, without_pick, without_spread
 from lrc.maps.quantized import Quantized
 from lrc.maps.simplify import Folded, fold, rebuilt, simplify
 from lrc.maps.sparse import Sparse
-from lrc.maps.structure import pivoted_structure, restore
+from lrc.maps.structure import pivoted_structure, restore, restore_module
 
 __all__ = [
     "Affine",
@@ -30,20 +32,28 @@ __all__ = [
     "Lookup",
     "Patches",
     "Permutation",
+    "Pick",
     "Pivoted",
     "Quantized",
+    "RmsNorm",
     "Rows",
     "Scale",
     "Sparse",
+    "Spread",
     "Structure",
     "Sum",
     "fold",
     "frozen",
     "permute_inputs",
     "permute_outputs",
+    "pick_of",
     "pivoted_structure",
     "planned",
     "rebuilt",
     "restore",
+    "restore_module",
     "simplify",
+    "spread_of",
+    "without_pick",
+    "without_spread",
 ]

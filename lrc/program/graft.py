@@ -23,7 +23,12 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
         raise LowerError(
             program.origin.name, message="there is no module to graft into", hint="Give the module, or use `.module`"
         )
+    if program.inserted:
+        name, reason = next(iter(program.inserted.items()))
+        raise LowerError(name, message=reason, hint="Use `.module`, or export `format: onnx` or `pt2`")
     twin = share(source)
+    for fqn, norm in program.modules.items():
+        _put(twin, fqn, norm)
     for fqn in program.maps:
         site = program.site(fqn)
         if not site.has_module:
@@ -37,7 +42,32 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
         if site.tied:
             untie(twin)
     forget_ties(twin)
+    share_factors(twin, shared_factors(program))
     return twin
+
+
+def shared_factors(program: Program) -> dict[str, str]:
+    """Return the names of factors that maps of several sites share, each with the name under which it is stored."""
+    first: dict[int, str] = {}
+    found = {}
+    for fqn in program.maps:
+        for module, made in program.placed(fqn).items():
+            for name, parameter in made.named_parameters():
+                whole = f"{module}.{name}"
+                owner, stored = fqn, first.setdefault(id(parameter), whole)
+                if stored != whole and not any(stored.startswith(f"{use.module}.") for use in program.site(owner).uses):
+                    found[whole] = stored
+    return found
+
+
+def share_factors(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """Let one parameter stand at both names of every pair, and say so to transformers, which saves and loads it once."""
+    for name, stored in shared.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, model.get_parameter(stored))
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        if shared and hasattr(model, attribute):
+            setattr(model, attribute, {**(getattr(model, attribute) or {}), **shared})
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -78,7 +108,7 @@ def _is_replaced(model: nn.Module, name: str) -> bool:
     return isinstance(made, LinearMap) and last not in made._parameters
 
 
-def _put(model: nn.Module, fqn: str, made: LinearMap) -> None:
+def _put(model: nn.Module, fqn: str, made: nn.Module) -> None:
     try:
         old = model.get_submodule(fqn)
     except AttributeError as error:

@@ -65,7 +65,14 @@ class Job:
     def exports(self) -> list[ExportOptions]:
         """Return what is exported: as the spec says, but always a form that `lrc.load` reads."""
         asked = list(self.document.export)
-        is_hf = self.program.origin.folder is not None
+        unplaced = next((options for options in self.document.passes if not getattr(options, "grafts", True)), None)
+        if unplaced is not None and any(isinstance(e, HfExport) for e in asked):
+            raise UsageError(
+                "export.hf",
+                message=f"what the pass `{getattr(unplaced, 'type', '')}` makes has no place in the model's own modules",
+                hint="Export `format: pt2` or `onnx`, or set `bases: shared`",
+            )
+        is_hf = self.program.origin.folder is not None and unplaced is None
         if not any(isinstance(e, HfExport | Pt2Export) for e in asked):
             asked.insert(0, HfExport() if is_hf else Pt2Export())
         return asked  # type: ignore[return-value]

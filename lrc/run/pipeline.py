@@ -8,6 +8,7 @@ from lrc.program import Program, Site
 from lrc.run.passes import needs_of, pass_for
 from lrc.run.plan import Decision, Plan
 from lrc.run.session import Session
+from lrc.run.site_pass import SitePass
 from lrc.solvers import Need
 
 
@@ -21,8 +22,8 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
         made = pass_for(options)
         decided = list(made.plan(twin, session, options, index))
         last = index == len(passes) - 1
-        if last:
-            saved = difference(twin, decided)
+        if last and isinstance(made, SitePass):
+            saved = difference(twin, decided)  # of a pass that edits the graph, only doing so tells
         else:
             decided = list(made.apply(twin, session, options, decided))
         decisions += decided
@@ -60,10 +61,12 @@ def difference(program: Program, decisions: Sequence[Decision]) -> tuple[int, in
     """
     numbers = size = 0
     for d in decisions:
-        site = program.sites[d.sites[0]]
-        stays = site.fqn not in program.maps and bool(site.tied) and d.keep is None
-        numbers += d.after.parameters - (0 if stays else d.before.parameters)
-        size += d.after.bytes - (0 if stays else d.before.bytes)
+        numbers += d.after.parameters - d.before.parameters
+        size += d.after.bytes - d.before.bytes
+        for site in (program.sites[fqn] for fqn in d.sites):
+            if site.fqn not in program.maps and site.tied and d.keep is None:
+                cost = site.map.cost(1)
+                numbers, size = numbers + cost.parameters, size + cost.bytes
     return numbers, size
 
 

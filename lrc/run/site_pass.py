@@ -14,6 +14,8 @@ from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
 from lrc.ranks import Choice, allocate_ranks
 from lrc.run.budget import check_shapes, priced, rest_of, spent, with_latency
+from lrc.run.group_pass import apply_groups, plan_groups
+from lrc.run.learning import allocator, learning
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
@@ -21,6 +23,7 @@ from lrc.run.selection import Selected, select_sites
 from lrc.run.session import Session, settled
 from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
+from lrc.solvers import GroupOptions
 from lrc.spec.registry import PASSES, Rule
 
 Made = LinearMap | Rewrite | Keep
@@ -88,17 +91,21 @@ class RankedSitePass(SitePass):
     def plan(self, program: Program, session: Session, options: Any, index: int) -> Sequence[Decision]:
         """Decompose every selected weight, and let the rank policy choose."""
         options = settled(program, options)
+        if isinstance(options.solver, GroupOptions):
+            return plan_groups(program, session, options, index)
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
         check_shapes(program, session, options)
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
+        allocate, how = allocator(options)
         found = allocate_ranks(
             list(curves.values()),
             options.rank,
-            allocate=options.allocate,
+            allocate=allocate,
             round_to=options.round_to,
             rest=rest_of(program, curves),
+            search=learning(program, session, options, terms, how),
         )
         before = in_groups(program, free) if compressed(options) else {}
         decisions = []
@@ -140,6 +147,8 @@ class RankedSitePass(SitePass):
     def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Make the maps from the stored decompositions, or one group after the other behind the compressed ones."""
         options = settled(program, options)
+        if isinstance(options.solver, GroupOptions):
+            return apply_groups(program, session, options, decisions)
         work = [d for d in decisions if d.keep is None]
         done = {d.name: d for d in decisions}
         if compressed(options):

@@ -3,6 +3,7 @@
 from lrc_passes.factorize import factorize
 from lrc_passes.merge import merge
 from lrc_passes.quantize import quantize
+from lrc_passes.slice import SlicePass
 from lrc_passes.split import split
 
-BUILTIN = (factorize, merge, quantize, split)
+BUILTIN = (factorize, merge, quantize, SlicePass, split)
