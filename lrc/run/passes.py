@@ -87,8 +87,8 @@ class RankedOptions(PassOptions):
                 raise ValueError(f"the solver `{self.solver.type}` has a form of its own; leave `form` out")
             if isinstance(self.rank, BreakevenRank):
                 raise ValueError(
-                    f"the solver `{self.solver.type}` decomposes several weights together, which have no one breakeven rank; give "
-                    "a whole number, {fraction: …}, {energy: …} or a budget"
+                    f"the solver `{self.solver.type}` decomposes several weights together, which have no one breakeven rank; "
+                    "give a whole number, {fraction: …}, {energy: …} or a budget"
                 )
         return self
 
