@@ -198,7 +198,7 @@ def _turned(arrived: Tensor, labels: Tensor, dtype: torch.dtype, interleaved: in
     sent = labels[None, :, None].expand_as(arrived)
     moved = (arrived != sent).any(0).any(0).any(0)
     rotary = int(moved.nonzero().max()) + 1 if bool(moved.any()) else 0
-    if rotary % 2 or (labels.shape[1] - rotary) % 2 and rotary:
+    if rotary % 2 or ((labels.shape[1] - rotary) % 2 and rotary):
         return None
     norms = [pairs_of(x[..., :rotary], interleaved).square().sum(-1) for x in (arrived, sent)]
     close = CLOSE if dtype == torch.float32 or dtype == torch.float64 else 0.05

@@ -33,6 +33,7 @@ from lrc.ranks.budgets import (
 )
 from lrc.ranks.candidates import Candidates, Offer, Unit
 from lrc.ranks.joint import GroupCurve, measured_of
+from lrc.ranks.mixed import MixedCurve
 from lrc.ranks.policies import (
     BreakevenRank,
     EnergyRank,
@@ -58,7 +59,7 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
 
 
 def allocate_ranks(
-    curves: Sequence[SiteCurve | GroupCurve],
+    curves: Sequence[SiteCurve | GroupCurve | MixedCurve],
     options: RankPolicy,
     *,
     allocate: AllocateField = "auto",
@@ -76,7 +77,8 @@ def allocate_ranks(
             allocate = "global" if all(curve.additive for curve in curves) else "uniform"
         found: Allocation = rule(curves, options, Setting(allocate, round_to, rest))
         return found
-    return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in curves})
+    alone = [curve for curve in curves if not isinstance(curve, MixedCurve)]  # these are offered under a budget alone
+    return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in alone})
 
 
 def choose(
@@ -119,6 +121,7 @@ __all__ = [
     "GroupCurve",
     "LatencyKept",
     "LatencyMs",
+    "MixedCurve",
     "Offer",
     "ParamsKept",
     "ProductForm",

@@ -1,6 +1,7 @@
 """MoDeGPT: the linears of an MLP or an attention lose the same features, and the one that reads them makes up for it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from lrc.errors import SolverError
 from lrc.solvers.base import LOSS_UNIT, Need, solver
 from lrc.solvers.checks import check
-from lrc.solvers.fisher import FisherOptions
+from lrc.solvers.fisher import FocusOptions, focused
 from lrc.solvers.groups import Grouping, GroupOptions, GroupTerms, Member, Part, Places, WeightGroup
 from lrc.solvers.inputs import input_mean, input_moment
 from lrc.solvers.ladder import Root, identity, root
@@ -20,14 +21,14 @@ from lrc.solvers.whitened import UNIT
 ROUNDS = 16  # in which features are dropped by their saliency, which is then computed anew
 
 
-class ModularSolver(GroupOptions, FisherOptions):
+class ModularSolver(GroupOptions, FocusOptions):
     """Modules in place of matrices: fewer neurons of an MLP, fewer features of an attention's heads."""
 
     type: Literal["modular"] = "modular"
     metric: Literal["loss", "outputs"] = Field(
         default="loss",
-        description="What an error of a module's output counts: as the loss sees it in second order, or the same in all directions "
-        "(the paper).",
+        description="What an error of a module's output counts: as the loss sees it in second order, or the same in all "
+        "directions (the paper).",
     )
     select: Literal["saliency", "leverage"] = Field(
         default="saliency",
@@ -90,6 +91,10 @@ def modular(group: WeightGroup, max_rank: int | None, options: ModularSolver, ge
     """
     for member in group.members:
         check(member.weight, member.bias, member.moments, max_rank or 1, options.needs)
+    if options.metric == "loss":
+        focus = float(options.settled(logits=True).focus)
+        members = tuple(replace(member, moments=focused(member.moments, focus)) for member in group.members)
+        group = replace(group, members=members)
     if group.kind == "qk":
         return queries_and_keys(group, options)
     return read_back(group, options)

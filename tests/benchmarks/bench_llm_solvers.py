@@ -36,7 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "basis_sharing": {"solver": {"type": "basis_sharing"}},
     "modular": {"solver": {"type": "modular", **LABELS}},
     "slice": {"type": "slice"},
-    "kfac": {"solver": {"type": "kfac", **LABELS}},
+    "kfac": {"solver": {"type": "kfac", **LABELS, "modules": False}},
+    "kfac_modules": {"solver": {"type": "kfac", **LABELS}},
     "default": {},
 }
 
