@@ -36,6 +36,7 @@ from lrc.ranks.budgets import (
 from lrc.ranks.candidates import Budget, Candidates, Offer, Unit
 from lrc.ranks.joint import GroupCurve, measured_of
 from lrc.ranks.learned import LearnedAllocation
+from lrc.ranks.mixed import MixedCurve
 from lrc.ranks.policies import (
     BreakevenRank,
     EnergyRank,
@@ -61,7 +62,7 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
 
 
 def allocate_ranks(
-    curves: Sequence[SiteCurve | GroupCurve],
+    curves: Sequence[SiteCurve | GroupCurve | MixedCurve],
     options: RankPolicy,
     *,
     allocate: Allocator | Literal["auto"] = "auto",
@@ -80,7 +81,8 @@ def allocate_ranks(
             allocate = "global" if all(curve.additive for curve in curves) else "uniform"
         found: Allocation = rule(curves, options, Setting(allocate, round_to, rest, search))
         return found
-    return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in curves})
+    alone = [curve for curve in curves if not isinstance(curve, MixedCurve)]  # these are offered under a budget alone
+    return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in alone})
 
 
 def choose(
@@ -131,6 +133,7 @@ __all__ = [
     "LatencyKept",
     "LatencyMs",
     "LearnedAllocation",
+    "MixedCurve",
     "Offer",
     "ParamsKept",
     "ProductForm",
