@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lrc.maps.bag import Bag
 from lrc.maps.base import LinearMap, Structure
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain
@@ -12,7 +13,7 @@ from lrc.maps.leaves import Dense, Diagonal, Permutation
 from lrc.maps.lookup import Lookup
 from lrc.maps.pivoted import Pivoted
 
-KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup)
+KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Bag)
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 
 
