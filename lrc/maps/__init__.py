@@ -1,9 +1,10 @@
 """The algebra of linear maps: leaves, composites, what they cost, and how they fold together."""
 
+from lrc.maps.bag import Bag
 from lrc.maps.base import Affine, Cost, LinearMap, Structure
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain, Geometry
-from lrc.maps.layouts import Indices, Layout, Patches, Rows, planned
+from lrc.maps.layouts import Bags, Indices, Layout, Patches, Rows, planned
 from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
 from lrc.maps.lookup import Lookup
 from lrc.maps.norms import RmsNorm
@@ -17,6 +18,8 @@ from lrc.maps.structure import pivoted_structure, restore, restore_module
 
 __all__ = [
     "Affine",
+    "Bag",
+    "Bags",
     "Chain",
     "Composite",
     "Conv",

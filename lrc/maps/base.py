@@ -135,11 +135,11 @@ def slot_shape(slot: Slot) -> tuple[int, int]:
     return slot.shape[0], slot.shape[1]
 
 
-def apply_slot(slot: Slot, x: Tensor, bias: Tensor | None, context: Mapping[str, Any]) -> Tensor:
-    """Apply a slot to (..., in_features) and add `bias`."""
+def apply_slot(slot: Slot, x: Tensor, bias: Tensor | None, context: Mapping[str, Any], *inputs: Any) -> Tensor:
+    """Apply a slot to (..., in_features), and to what a map takes beside, and add `bias`."""
     if not isinstance(slot, LinearMap):
         return F.linear(x, slot, bias)
-    y: Tensor = slot(x, **context)
+    y: Tensor = slot(x, *inputs, **context)
     return y if bias is None else y + bias
 
 

@@ -34,7 +34,7 @@ def fold(made: LinearMap) -> LinearMap:
     weight, bias = made.dense()
     lookup = lookup_of(made)
     if lookup is not None:
-        return Lookup(weight.T.contiguous(), lookup.padding_index, bias)
+        return lookup.over(weight.T.contiguous(), bias)
     return Dense(weight, bias)
 
 

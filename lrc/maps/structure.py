@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrc.maps.bag import Bag
 from lrc.maps.base import LinearMap, Structure
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain
@@ -19,6 +20,7 @@ from lrc.maps.sparse import Sparse
 
 KINDS = (
     Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, Quantized, Sparse,
+    Bag,
 )  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 

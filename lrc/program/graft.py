@@ -8,6 +8,7 @@ from torch import nn
 
 from lrc.errors import LowerError
 from lrc.maps import LinearMap
+from lrc.program.owners import owned, place
 from lrc.program.program import Program
 
 
@@ -15,8 +16,9 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
     """Return a module tree like `model`'s with the program's maps at their places.
 
     The tree is new, its tensors are not: everything that no pass touched is shared with `model`, and the maps are those of
-    the program, so training one view trains the other. `model` itself is not changed. A head that was tied to an embedding
-    and got a map of its own is untied in the config. Raises LowerError for a site that has no module in `model`.
+    the program, so training one view trains the other. `model` itself is not changed. `nn.MultiheadAttention`, which calls
+    its weights by itself, is replaced as a whole. A head that was tied to an embedding and got a map of its own is untied in
+    the config. Raises LowerError for a site that has no module in `model`.
     """
     source = program.origin.model if model is None else model
     if source is None:
@@ -31,7 +33,7 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
         _put(twin, fqn, norm)
     for fqn in program.maps:
         site = program.site(fqn)
-        if not site.has_module:
+        if not site.has_module and not all(owned(twin, use.module) for use in site.uses):
             raise LowerError(
                 fqn,
                 message="the weight is a parameter of a larger module, which calls it by itself",
@@ -110,12 +112,10 @@ def _is_replaced(model: nn.Module, name: str) -> bool:
 
 def _put(model: nn.Module, fqn: str, made: nn.Module) -> None:
     try:
-        old = model.get_submodule(fqn)
+        place(model, fqn, made)
     except AttributeError as error:
         raise LowerError(
             fqn,
             message="the module to graft into has no submodule of this name",
             hint="Give the module that was captured",
         ) from error
-    made.train(old.training)
-    model.set_submodule(fqn, made)

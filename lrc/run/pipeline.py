@@ -90,4 +90,4 @@ def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, sessio
 
 def gram_numbers(site: Site) -> int:
     """Return how many numbers the second moment of a site's inputs has; that of one-hot vectors is diagonal."""
-    return site.in_features if site.kind == "embedding" else site.in_features**2
+    return site.in_features if site.layout.looked_up else site.in_features**2
