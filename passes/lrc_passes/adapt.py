@@ -36,7 +36,7 @@ class AdaptPass:
         wanted = {s.fqn: options.rank_of(s.fqn, program.sites[s.fqn].shape) for s in selected}
         reasons = {s.fqn: s.keep or obstacle(program.sites[s.fqn], wanted[s.fqn], options) for s in selected}
         ranks = settled(program, session, options, {fqn: rank for fqn, rank in wanted.items() if reasons[fqn] is None})
-        shared: dict[str, Any] = {}
+        shared: dict[str, Any] = {"shapes": [program.sites[fqn].shape for fqn, rank in ranks.items() if rank]}
         decisions = []
         for chosen in selected:
             site, rank = program.sites[chosen.fqn], ranks.get(chosen.fqn, wanted[chosen.fqn])
@@ -57,7 +57,7 @@ class AdaptPass:
         wanted = {d.sites[0]: options.rank_of(d.sites[0], program.sites[d.sites[0]].shape) for d in work}
         of = sources(program, session, options.start, wanted, int(options.gradient_mb * 2**20))
         done = {d.name: d for d in decisions}
-        task = Work(program, session, options, {}, False)
+        task = Work(program, session, options, {"shapes": [program.sites[d.sites[0]].shape for d in work]}, False)
         program.freeze()
         for d in session.track(options.type, work):
             site = program.sites[d.sites[0]]
