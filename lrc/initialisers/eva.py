@@ -71,7 +71,9 @@ class Eva(InitialiserOptions):
     """A from principal components of the inputs, B zero; the ranks' sum goes where they explain most."""
 
     type: Literal["eva"] = "eva"
-    rho: float = Field(default=2.0, ge=1, description="A site's rank is at most this often the rank asked for; 1 keeps all ranks.")
+    rho: float = Field(
+        default=2.0, ge=1, description="A site's rank is at most this often the rank asked for; 1 keeps all ranks."
+    )
     tau: float = Field(default=0.99, gt=0, le=1, description="Cosine between batches at which a component has converged.")
     whiten: bool = Field(default=False, description="Divide the components by the root of their singular values.")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from lrc.data import Batch
 from lrc.measure.collect import is_in_place
 from lrc.measure.cotangents import Fisher, cotangent, has_classes
-from lrc.measure.taps import Tap, placeholder_values, pieces, rows_of, taps_of
+from lrc.measure.taps import Tap, pieces, placeholder_values, rows_of, taps_of
 from lrc.program import Program
 from lrc.program.readout import readout
 

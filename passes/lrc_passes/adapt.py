@@ -25,6 +25,7 @@ from lrc.spec.registry import ADAPTERS, INITIALISERS
 from lrc_passes.adapt_options import Adapt, matching
 from lrc_passes.adapt_sources import findings, sources
 
+
 @program_pass(Adapt)
 class AdaptPass:
     """Decides the ranks, then has every site's map made by the method."""
