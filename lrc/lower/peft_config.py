@@ -14,8 +14,9 @@ COMMON: dict[str, Any] = {
     "layers_pattern": None, "layers_to_transform": None, "revision": None, "task_type": None, "fan_in_fan_out": False,
 }  # fmt: skip
 LORA: dict[str, Any] = COMMON | {
-    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
-    "eva_config": None, "exclude_modules": None, "init_lora_weights": True, "layer_replication": None, "loftq_config": {},
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "corda_config": None,
+    "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None, "init_lora_weights": True,
+    "layer_replication": None, "loftq_config": {},
     "lora_alpha": 8, "lora_bias": False, "lora_dropout": 0.0, "megatron_config": None, "megatron_core": "megatron.core",
     "peft_type": "LORA", "qalora_group_size": 16, "r": 8, "rank_pattern": {}, "target_modules": None, "target_parameters": None,
     "trainable_token_indices": None, "use_dora": False, "use_qalora": False, "use_rslora": False,
@@ -50,8 +51,8 @@ def config_text(config: Mapping[str, Any]) -> str:
 def patterns(pairs: Mapping[str, Pair]) -> dict[str, Any]:
     """Return `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` for the rank and alpha of every module.
 
-    The most common pair is the default; of the others the whole name is the key, marked as a beginning where another module ends
-    with it.
+    The most common pair is the default; of the others the whole name is the key, marked as a beginning where another module
+    ends with it.
     """
     (rank, alpha), _ = Counter(pairs.values()).most_common(1)[0]
     keys = {name: f"^{re.escape(name)}" if any(o.endswith(f".{name}") for o in pairs) else name for name in pairs}

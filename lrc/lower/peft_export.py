@@ -13,8 +13,8 @@ from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.lower.peft_config import VERSION, defaults, patterns, target_modules
 from lrc.lower.peft_folder import PREFIX, PeftFolder, read_folder
 from lrc.lower.peft_read import maps_of
-from lrc.lower.peft_sites import Factors, doubled, peft_tensors, split
-from lrc.maps import Chain, LinearMap, Lookup, Sum
+from lrc.lower.peft_sites import Factors, doubled, factors_of, peft_tensors, split
+from lrc.maps import Chain, LinearMap, Lookup, Scale, Sum
 from lrc.maps.base import Slot
 from lrc.program import Adapted, Program, Site
 
@@ -26,9 +26,7 @@ class PeftExport(ExportOptions):
 
     format: Literal["peft"] = "peft"
     name: str = Field(default="default", pattern=r"^[\w.-]+$", description="Of the adapter: the folder is `adapters/NAME`.")
-    version: str = Field(
-        default=VERSION, pattern=r"^\d+\.\d+(\.\d+)?$", description="Of the PEFT whose config keys are written."
-    )
+    version: str = Field(default=VERSION, pattern=r"^\d+\.\d+(\.\d+)?$", description="The PEFT whose keys are written.")
     task_type: str | None = Field(default=None, description="As PEFT names it (CAUSAL_LM, …); any model without.")
     base_model: str | None = Field(default=None, description="Hub id of the base, for `base_model_name_or_path`.")
     opens: ClassVar[str] = ""
@@ -112,8 +110,8 @@ def lora_tensors(
             factors, turned = doubled(factors, kept.initial), turned + 1
         elif not is_original(program, fqn, base):
             raise LowerError(
-                fqn, message=f"the adapter stands on a changed base (`init: {kept.init}`, or another pass), so it means nothing on "
-                "the original model", hint="Export the whole model (`format: hf`), merged or not",
+                fqn, message=f"the adapter stands on a changed base (`init: {kept.init}`, or another pass), so it means "
+                "nothing on the original model", hint="Export the whole model (`format: hf`), merged or not",
             )  # fmt: skip
         alpha = factors.scaling * (factors.rank**0.5 if is_stabilised(kept) else factors.rank)
         if kept.alpha is not None and factors.rank == kept.rank:
@@ -193,11 +191,15 @@ def verify(program: Program, read: PeftFolder) -> None:
     plain = {fqn: Site.original(program.sites[fqn], program.originals) for fqn in program.adapters}
     for fqn, made in maps_of(program, read, plain).items():
         ours, theirs = program.maps[fqn].exact().weight, made.exact().weight
-        tolerance = 64 * torch.finfo(program.sites[fqn].dtype).eps * float(ours.abs().max())
-        if float((ours - theirs).abs().max()) > tolerance:
-            raise LowerError(
-                fqn, message="the adapter as written stands for another weight than the program's", hint="Report this"
-            )
+        size = float(ours.abs().max()) + sum(largest(branch) for branch in made.modules() if isinstance(branch, Scale))
+        if float((ours - theirs).abs().max()) > 64 * torch.finfo(program.sites[fqn].dtype).eps * size:
+            raise LowerError(fqn, message="the adapter as written stands for another weight than the program's")
+
+
+def largest(branch: Scale) -> float:
+    """Return a bound of the entries that add up in a product `scaling * B @ A`: what its rounding errors are relative to."""
+    factors = factors_of(branch, "")
+    return factors.scaling * float(factors.B.double().norm(dim=1).max() * factors.A.double().norm(dim=0).max())
 
 
 __all__ = ["Factors", "PeftExport", "export_peft", "peft_folder"]

@@ -1,4 +1,4 @@
-"""PEFT folders: `adapter_config.json` and `adapter_model.safetensors`, written as PEFT writes them and read as it reads them."""
+"""PEFT folders: `adapter_config.json` and `adapter_model.safetensors`, written and read as PEFT does."""
 
 import json
 from collections.abc import Mapping

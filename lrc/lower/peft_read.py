@@ -29,7 +29,7 @@ def maps_of(program: Program, folder: PeftFolder, at: Mapping[str, LinearMap] | 
     missing = sorted(set(found) - set(known))
     if missing or not found:
         raise UsageError(
-            folder.where, message=f"the adapter is for {missing[0]!r}, which is no site of the model" if missing else "no adapter",
+            folder.where, message=f"the adapter is for {missing[0]!r}, no site of the model" if missing else "no adapter",
             hint="Is this the base model of the adapter? `lrc inspect` lists its sites",
         )  # fmt: skip
     made = {}
@@ -112,9 +112,7 @@ def vera_map(site: Site, folder: PeftFolder, tensors: Mapping[str, Tensor], stan
     """Return a site's map with a VeRA adapter. Raises UsageError where the projections were not saved."""
     shared = [folder.tensors.get(f"base_model.vera_{name}") for name in "BA"]
     if any(t is None for t in shared):
-        raise UsageError(
-            folder.where, message="the shared projections are not in the folder", hint="Set `save_projection: true`"
-        )
+        raise UsageError(folder.where, message="the shared projections are not there", hint="Set `save_projection: true`")
     B, A = (t.to(site.dtype) for t in shared if t is not None)
     parts: list[Any] = [
         Diagonal(tensors["vera_lambda_b"].to(site.dtype)), nn.Parameter(B[: site.out_features], requires_grad=False),

@@ -73,7 +73,7 @@ def joined(factors: list[Factors]) -> Factors:
 
 
 def factors_of(branch: Slot, fqn: str) -> Factors:
-    """Return a branch as two factors: as they are stored where it is a chain of two, else multiplied out at its narrowest place.
+    """Return a branch as two factors: as they are stored where it is a chain of two, else multiplied out at its narrowest.
 
     Raises LowerError for a branch that is not linear, or no product.
     """

@@ -150,7 +150,7 @@ def remembered(place: Place, options: Adapt, alpha: float | None) -> Adapted | N
     if place.planning:
         return None
     initial, start = place.initial, options.start
-    factors = (initial.B, initial.A) if initial is not None and initial.subtracted else None
+    factors = (initial.B.clone(), initial.A.clone()) if initial is not None and initial.subtracted else None
     return Adapted(
         options.method.type, place.rank, alpha, place.scaling,
         init=None if initial is None or start is None else start.type,
