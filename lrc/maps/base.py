@@ -59,6 +59,10 @@ class LinearMap(nn.Module):
         weight, bias = self.exact()
         return Affine(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
+    def matrix(self) -> Tensor:
+        """Return the weight of `exact()` in the map's dtype and as a part of the autograd graph."""
+        raise TypeError(f"{type(self).__name__} has no dense form with a gradient")
+
     def cost(self, tokens: int = 1) -> Cost:
         """Return what the map stores, and its FLOPs for `tokens` rows (a multiply-add counts 2, an added bias 1)."""
         raise TypeError(f"{type(self).__name__} does not say what it costs")
@@ -71,6 +75,15 @@ class LinearMap(nn.Module):
     def restored(cls, structure: Structure) -> "LinearMap":
         """Return a map of this structure with uninitialised numbers, on the current device and in the current dtype."""
         raise TypeError(f"{cls.__name__} does not say how it is stored")
+
+    def obstacle(self) -> str | None:
+        """Return why the map stands for no weight and bias, or None."""
+        return None
+
+    @property
+    def spatial(self) -> int:
+        """How many dimensions come after the features in what the map takes and gives: 0 for rows, 2 for images."""
+        return 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,8 +117,13 @@ class InParts(LinearMap):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, multiplied out anew: for code that asks a linear layer for its `weight` (T5 asks for its dtype)."""
-        return self.dense().weight
+        """The dense weight, multiplied out anew: for code that asks a linear layer for its `weight` (T5 asks for its dtype).
+
+        A map that stands for no weight gives its shape and dtype alone, on the meta device.
+        """
+        if self.obstacle() is None:
+            return self.dense().weight
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
 
 Slot = nn.Parameter | LinearMap
@@ -130,12 +148,17 @@ def slot_shape(slot: Slot) -> tuple[int, int]:
     return slot.shape[0], slot.shape[1]
 
 
-def apply_slot(slot: Slot, x: Tensor, bias: Tensor | None, context: Mapping[str, Any]) -> Tensor:
-    """Apply a slot to (..., in_features) and add `bias`."""
+def apply_slot(slot: Slot, x: Tensor, bias: Tensor | None, context: Mapping[str, Any], spatial: int = 0) -> Tensor:
+    """Apply a slot to what has its features before `spatial` more dimensions, and add `bias`."""
     if not isinstance(slot, LinearMap):
         return F.linear(x, slot, bias)
     y: Tensor = slot(x, **context)
-    return y if bias is None else y + bias
+    return y if bias is None else y + over(bias, spatial)
+
+
+def over(vector: Tensor, spatial: int) -> Tensor:
+    """Return a vector of features as it meets values that have `spatial` more dimensions after their features."""
+    return vector.reshape(-1, *(1,) * spatial) if spatial else vector
 
 
 def slot_exact(slot: Slot) -> Affine:

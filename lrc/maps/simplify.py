@@ -4,15 +4,23 @@ Every rule returns an equal map that needs no more numbers and no more FLOPs, an
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from lrc.maps.base import Affine, Cost, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
+from lrc.maps.base import Affine, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
+from lrc.maps.blocks import Blocks
+from lrc.maps.bottleneck import Bottleneck
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain
-from lrc.maps.leaves import Dense, Diagonal, Permutation
-from lrc.maps.lookup import Lookup, lookup_of
+from lrc.maps.dropout import Dropout
+from lrc.maps.fold import alike, pointwise
+from lrc.maps.gate import Gate
+from lrc.maps.leaves import Dense, Permutation
+from lrc.maps.lookup import Lookup
+from lrc.maps.pivoted import Pivoted
+from lrc.maps.small import Identity
 
 
 class Folded(NamedTuple):
@@ -23,19 +31,6 @@ class Folded(NamedTuple):
 
 
 Rule = Callable[[LinearMap], LinearMap | None]
-
-
-def fold(made: LinearMap) -> LinearMap:
-    """Return the one dense map, convolution or table that `made` stands for. Raises TypeError where it stands for none."""
-    if isinstance(made, Dense | Conv | Lookup):
-        return made
-    if isinstance(made, ConvChain):
-        return made.folded()
-    weight, bias = made.dense()
-    lookup = lookup_of(made)
-    if lookup is not None:
-        return Lookup(weight.T.contiguous(), lookup.padding_index, bias)
-    return Dense(weight, bias)
 
 
 def simplify(made: LinearMap) -> Folded:
@@ -67,6 +62,8 @@ def rebuilt(made: Composite, parts: list[Slot]) -> LinearMap:
     """Return the same composite over other parts."""
     if isinstance(made, Scale):
         return Scale(parts[0], made.scale, made.bias, made.names)
+    if isinstance(made, Bottleneck):
+        return Bottleneck(parts[0], parts[1], made.activation, made.bias, made.names)
     return type(made)(*parts, bias=made.bias, names=made.names)
 
 
@@ -101,23 +98,106 @@ def absorb_scale(made: LinearMap) -> LinearMap | None:
 
 def _scaled(made: Scale) -> LinearMap | None:
     inner = made.slots[0]
-    if isinstance(inner, Chain) and inner.bias is None and not isinstance(inner.slots[0], LinearMap):
-        outer = (inner.slots[0].detach().double() * made.scale).to(made.dtype)
-        return Chain(outer, *inner.slots[1:], bias=made.bias)
-    if not isinstance(inner, LinearMap) or isinstance(inner, Dense):
-        weight, bias = made.dense()
-        return Dense(weight, bias)
+    if isinstance(inner, Chain) and inner.bias is None:
+        at = next((i for i, slot in enumerate(inner.slots) if _holds_numbers(slot)), None)
+        if at is None or any(isinstance(slot, LinearMap) and _inner_bias(slot) for slot in inner.slots[: at + 1]):
+            return None
+        slots = [*inner.slots[:at], _times(inner.slots[at], made.scale), *inner.slots[at + 1 :]]
+        return Chain(*slots, bias=made.bias)
+    if isinstance(inner, ConvChain) and inner.bias is None:
+        outer, *others = inner.kernels
+        return ConvChain([_times(outer, made.scale), *others], inner.geometries, made.bias)
+    if _holds_numbers(inner):
+        return alike(made, *made.dense())
     return None
 
 
+def _holds_numbers(slot: Slot) -> bool:
+    return not isinstance(slot, LinearMap) or isinstance(slot, Dense | Conv | Lookup)
+
+
+def _inner_bias(made: LinearMap) -> bool:
+    return any(name.endswith("bias") for name, _ in made.named_parameters())
+
+
+def _times(slot: Any, scale: float) -> Any:
+    """Return a matrix, a kernel or a table times a constant, in its own dtype."""
+    if isinstance(slot, LinearMap):
+        weight, _ = slot.exact()
+        return alike(slot, (scale * weight).to(slot.dtype), None)
+    return (slot.detach().double() * scale).to(slot.dtype)
+
+
 def drop_identity(made: LinearMap) -> LinearMap | None:
-    """Leave out a permutation in its own order from a chain."""
+    """Leave out of a chain what changes nothing once training is over: an order that is none, an identity, a dropout."""
     if not isinstance(made, Chain) or len(made.slots) < 2:
         return None
-    kept = [slot for slot in made.slots if not (isinstance(slot, Permutation) and slot.is_identity())]
+    kept = [slot for slot in made.slots if not _changes_nothing(slot)]
     if len(kept) == len(made.slots):
         return None
     return Chain(*(kept or made.slots[:1]), bias=made.bias)
+
+
+def _changes_nothing(slot: Slot) -> bool:
+    return (isinstance(slot, Identity | Dropout) and slot.bias is None) or (
+        isinstance(slot, Permutation) and slot.is_identity()
+    )
+
+
+def join_blocks(made: LinearMap) -> LinearMap | None:
+    """Blocks(first, second) -> one matrix."""
+    return Dense(made.matrix().detach(), made.bias) if isinstance(made, Blocks) else None
+
+
+def drop_closed_gates(made: LinearMap) -> LinearMap | None:
+    """Chain(B, Gate, A) -> the same over the components whose gate is not exactly zero, and none where all are."""
+    if not isinstance(made, Chain):
+        return None
+    for i in range(1, len(made.slots) - 1):
+        left, gate, right = made.slots[i - 1 : i + 2]
+        if not isinstance(gate, Gate) or gate.bias is not None or len(gate.open) == gate.in_features:
+            continue
+        if not (_holds_numbers(left) and pointwise(left) and _holds_numbers(right)):
+            continue
+        smaller = Gate(gate.diagonal.detach()[gate.open], spatial=gate.spatial)
+        parts = [_columns(left, gate.open), smaller, _rows(right, gate.open)]
+        return Chain(*made.slots[: i - 1], *parts, *made.slots[i + 2 :], bias=made.bias)
+    return None
+
+
+def _columns(slot: Any, kept: Tensor) -> Tensor | LinearMap:
+    if isinstance(slot, Conv):
+        return Conv(slot.weight.detach()[:, kept], slot.geometry, slot.bias)
+    return slot.detach()[:, kept] if not isinstance(slot, Dense) else Dense(slot.weight.detach()[:, kept], slot.bias)
+
+
+def _rows(slot: Any, kept: Tensor) -> Tensor | LinearMap:
+    if not isinstance(slot, LinearMap):
+        return slot.detach()[kept]  # type: ignore[no-any-return]
+    assert isinstance(slot, Conv | Lookup | Dense)
+    bias = None if slot.bias is None else slot.bias.detach()[kept]
+    if isinstance(slot, Conv):
+        return Conv(slot.weight.detach()[kept], slot.geometry, bias)
+    if isinstance(slot, Lookup):
+        return Lookup(slot.table.detach()[:, kept], slot.padding_index, bias)
+    return Dense(slot.weight.detach()[kept], bias)
+
+
+def drop_empty_terms(made: LinearMap) -> LinearMap | None:
+    """Leave out of a sum the products of rank 0."""
+    if not isinstance(made, Sum):
+        return None
+    kept = [slot for slot in made.slots if not _is_empty(slot)]
+    if len(kept) == len(made.slots) or not kept:
+        return None
+    return Sum(*kept, bias=made.bias)
+
+
+def _is_empty(slot: Slot) -> bool:
+    if isinstance(slot, Scale):
+        return slot.bias is None and _is_empty(slot.slots[0])
+    rank_zero = isinstance(slot, Chain) and any(slot_shape(part)[0] == 0 for part in slot.slots[1:])
+    return rank_zero and not _inner_bias(slot)  # type: ignore[arg-type]  # a chain
 
 
 def join_low_rank_terms(made: LinearMap) -> LinearMap | None:
@@ -143,30 +223,28 @@ def _is_pair(slot: Slot) -> bool:
 
 
 def multiply_out(made: LinearMap) -> LinearMap | None:
-    """Multiply two neighbours of a chain, or add two terms of a sum, where one matrix needs no more than both."""
+    """Multiply two neighbours of a chain, or add two terms of a sum, where one weight needs no more than both."""
     if not isinstance(made, Chain | Sum):
         return None
     slots = made.slots
     for i in range(len(slots) - 1):
-        if not all(_foldable(slot) for slot in slots[i : i + 2]):
+        pair = slots[i : i + 2]
+        if not all(_foldable(slot) for slot in pair) or (isinstance(made, Chain) and not pointwise(pair[0])):
             continue
-        rows, columns = slot_shape(slots[i])[0], slot_shape(slots[i + 1])[1]
-        before = slot_cost(slots[i], 1) + slot_cost(slots[i + 1], 1)
-        if not _no_larger(Cost(rows * columns, 0, 2 * rows * columns), before):
+        before = slot_cost(pair[0], 1) + slot_cost(pair[1], 1)
+        rows, columns = slot_shape(pair[0])[0], slot_shape(pair[1])[1]
+        if rows * columns > before.parameters:
             continue
-        joined = Dense(*_combined(made, slots[i], slots[i + 1]))
-        if not _no_larger(joined.cost(1), before):  # an inner bias has become one of more numbers
+        joined = alike(type(made)(*pair), *_combined(made, *pair))
+        after = joined.cost(1)
+        if after.parameters > before.parameters or after.flops > before.flops:  # an inner bias may have got more numbers
             continue
         return type(made)(*slots[:i], joined, *slots[i + 2 :], bias=made.bias)
     return None
 
 
 def _foldable(slot: Slot) -> bool:
-    return not isinstance(slot, LinearMap) or isinstance(slot, Dense | Diagonal | Permutation | Chain)
-
-
-def _no_larger(after: Cost, before: Cost) -> bool:
-    return after.parameters <= before.parameters and after.flops <= before.flops
+    return not isinstance(slot, LinearMap) or (slot.obstacle() is None and not isinstance(slot, Pivoted))
 
 
 def _combined(made: LinearMap, left: Slot, right: Slot) -> Affine:
@@ -184,6 +262,9 @@ RULES: tuple[Rule, ...] = (
     unwrap_single,
     absorb_scale,
     drop_identity,
+    join_blocks,
+    drop_closed_gates,
+    drop_empty_terms,
     join_low_rank_terms,
     multiply_out,
 )
