@@ -12,6 +12,7 @@ from lrc.maps.kronecker import Kronecker
 from lrc.maps.layouts import Indices, Layout, Patches, Rows, planned
 from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
 from lrc.maps.lookup import Lookup
+from lrc.maps.low_rank import Factors, low_rank
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
 from lrc.maps.simplify import Folded, simplify
@@ -33,6 +34,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Dropout",
+    "Factors",
     "Folded",
     "Gate",
     "Geometry",
@@ -54,6 +56,7 @@ __all__ = [
     "Tucker",
     "fold",
     "frozen",
+    "low_rank",
     "permute_inputs",
     "permute_outputs",
     "pivoted_structure",
