@@ -10,11 +10,12 @@ from lrc.maps.fold import fold
 from lrc.maps.gate import Gate
 from lrc.maps.kronecker import Kronecker
 from lrc.maps.layouts import Indices, Layout, Patches, Rows, planned
-from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
+from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen, frozen_base
 from lrc.maps.lookup import Lookup
 from lrc.maps.low_rank import Factors, low_rank
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.row_norm import RowNorm
 from lrc.maps.simplify import Folded, simplify
 from lrc.maps.small import Identity, OutputMask
 from lrc.maps.structure import pivoted_structure, restore
@@ -48,6 +49,7 @@ __all__ = [
     "Patches",
     "Permutation",
     "Pivoted",
+    "RowNorm",
     "Rows",
     "Scale",
     "Structure",
@@ -56,6 +58,7 @@ __all__ = [
     "Tucker",
     "fold",
     "frozen",
+    "frozen_base",
     "low_rank",
     "permute_inputs",
     "permute_outputs",

@@ -78,7 +78,7 @@ class LinearMap(nn.Module):
 
     def obstacle(self) -> str | None:
         """Return why the map stands for no weight and bias, or None."""
-        return None
+        return f"{type(self).__name__} has no dense form" if type(self).exact is LinearMap.exact else None
 
     @property
     def spatial(self) -> int:
@@ -89,6 +89,14 @@ class LinearMap(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the map's floating numbers."""
         return next(t.dtype for t in self.parameters() if t.is_floating_point())
+
+    def along_features(self, vector: Tensor) -> Tensor:
+        """Return a vector (out_features,) in a shape that meets the features of an output."""
+        return over(vector, self.spatial)
+
+    def plus(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """Return an output of the map with `bias` (out_features,) added."""
+        return y if bias is None else y + self.along_features(bias)
 
     def set_bias(self, bias: Tensor | None) -> None:
         """Make `bias` (out_features,), or none, what is added last."""
@@ -159,6 +167,11 @@ def apply_slot(slot: Slot, x: Tensor, bias: Tensor | None, context: Mapping[str,
 def over(vector: Tensor, spatial: int) -> Tensor:
     """Return a vector of features as it meets values that have `spatial` more dimensions after their features."""
     return vector.reshape(-1, *(1,) * spatial) if spatial else vector
+
+
+def slot_weight(slot: Slot) -> Tensor:
+    """Return the matrix that a slot stands for, in its own dtype and with its gradient."""
+    return slot.matrix() if isinstance(slot, LinearMap) else slot
 
 
 def slot_exact(slot: Slot) -> Affine:

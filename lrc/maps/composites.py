@@ -18,11 +18,11 @@ from lrc.maps.base import (
     apply_slot,
     as_slot,
     exact_bias,
-    over,
     slot_cost,
     slot_exact,
     slot_shape,
     slot_structure,
+    slot_weight,
 )
 
 
@@ -118,6 +118,13 @@ class Chain(Composite):
             weight, bias = left @ weight, add(None if bias is None else left @ bias, own)
         return Affine(weight, add(bias, exact_bias(self.bias)))
 
+    def matrix(self) -> Tensor:
+        """Return the product."""
+        weight = slot_weight(self.slots[-1])
+        for slot in reversed(self.slots[:-1]):
+            weight = slot_weight(slot) @ weight
+        return weight
+
     def __repr__(self) -> str:
         if any(isinstance(slot, LinearMap) for slot in self.slots):
             return f"Chain({', '.join(_text(slot) for slot in self.slots)})"
@@ -154,6 +161,11 @@ class Sum(Composite):
             weight, bias = weight + more, add(bias, own)
         return Affine(weight, add(bias, exact_bias(self.bias)))
 
+    def matrix(self) -> Tensor:
+        """Return the sum."""
+        first, *rest = self.slots
+        return sum((slot_weight(slot) for slot in rest), slot_weight(first))
+
     def __repr__(self) -> str:
         return f"Sum({', '.join(_text(slot) for slot in self.slots)})"
 
@@ -178,8 +190,11 @@ class Scale(Composite):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
-        y = self.scale * apply_slot(self.slots[0], x, None, context)
-        return y if self.bias is None else y + over(self.bias, self.spatial)
+        return self.plus(self.scale * apply_slot(self.slots[0], x, None, context), self.bias)
+
+    def matrix(self) -> Tensor:
+        """Return the scaled weight."""
+        return self.scale * slot_weight(self.slots[0])
 
     def exact(self) -> Affine:
         """Return the scaled weight and the bias in float64."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrc.maps.base import LinearMap, slot_shape
 from lrc.maps.composites import Chain, Scale, Sum
-from lrc.maps.simplify import drop_closed_gates
+from lrc.maps.drop import drop_closed_gates
 
 
 class Factors(NamedTuple):

@@ -7,20 +7,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from lrc.maps.base import Affine, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
-from lrc.maps.blocks import Blocks
 from lrc.maps.bottleneck import Bottleneck
 from lrc.maps.composites import Chain, Composite, Scale, Sum
-from lrc.maps.conv import Conv, ConvChain
-from lrc.maps.dropout import Dropout
-from lrc.maps.fold import alike, pointwise
-from lrc.maps.gate import Gate
-from lrc.maps.leaves import Dense, Permutation
-from lrc.maps.lookup import Lookup
+from lrc.maps.conv import ConvChain
+from lrc.maps.drop import drop_closed_gates, drop_empty_terms, drop_identity, holds_numbers, inner_bias, join_blocks
+from lrc.maps.fold import alike, fold, pointwise
+from lrc.maps.leaves import Dense
 from lrc.maps.pivoted import Pivoted
-from lrc.maps.small import Identity
+from lrc.maps.row_norm import RowNorm
 
 
 class Folded(NamedTuple):
@@ -35,6 +31,9 @@ Rule = Callable[[LinearMap], LinearMap | None]
 
 def simplify(made: LinearMap) -> Folded:
     """Return the smallest equal map that the rules reach. A map that no rule fits comes back as the same object."""
+    whole = fold_adapters(made)
+    if whole is not None:
+        return Folded(whole, (f"fold adapters: {made!r} -> {whole!r}",))
     notes: list[str] = []
     while True:
         made, inside = simplify_parts(made)
@@ -64,7 +63,25 @@ def rebuilt(made: Composite, parts: list[Slot]) -> LinearMap:
         return Scale(parts[0], made.scale, made.bias, made.names)
     if isinstance(made, Bottleneck):
         return Bottleneck(parts[0], parts[1], made.activation, made.bias, made.names)
+    if isinstance(made, RowNorm):
+        return RowNorm(parts[0], made.magnitude, made.bias, made.names)
     return type(made)(*parts, bias=made.bias, names=made.names)
+
+
+def fold_adapters(made: LinearMap) -> LinearMap | None:
+    """Sum(Dense, Scale(Chain)) and the like -> Dense: the whole at once, rounded once, where a part is as large as the whole.
+
+    So for convolutions and embeddings, inside a `RowNorm`, and for branches after a dense weight.
+    """
+    if not isinstance(made, Sum | RowNorm) or made.obstacle() is not None:
+        return None
+    if len(made.slots) < 2 and not isinstance(made, RowNorm):
+        return None
+    if max((p.numel() for p in made.parameters()), default=0) < made.out_features * made.in_features:
+        return None
+    whole = fold(made)
+    before, after = made.cost(1), whole.cost(1)
+    return whole if after.parameters <= before.parameters and after.flops <= before.flops else None
 
 
 def flatten_nested(made: LinearMap) -> LinearMap | None:
@@ -99,25 +116,17 @@ def absorb_scale(made: LinearMap) -> LinearMap | None:
 def _scaled(made: Scale) -> LinearMap | None:
     inner = made.slots[0]
     if isinstance(inner, Chain) and inner.bias is None:
-        at = next((i for i, slot in enumerate(inner.slots) if _holds_numbers(slot)), None)
-        if at is None or any(isinstance(slot, LinearMap) and _inner_bias(slot) for slot in inner.slots[: at + 1]):
+        at = next((i for i, slot in enumerate(inner.slots) if holds_numbers(slot)), None)
+        if at is None or any(isinstance(slot, LinearMap) and inner_bias(slot) for slot in inner.slots[: at + 1]):
             return None
         slots = [*inner.slots[:at], _times(inner.slots[at], made.scale), *inner.slots[at + 1 :]]
         return Chain(*slots, bias=made.bias)
     if isinstance(inner, ConvChain) and inner.bias is None:
         outer, *others = inner.kernels
         return ConvChain([_times(outer, made.scale), *others], inner.geometries, made.bias)
-    if _holds_numbers(inner):
+    if holds_numbers(inner):
         return alike(made, *made.dense())
     return None
-
-
-def _holds_numbers(slot: Slot) -> bool:
-    return not isinstance(slot, LinearMap) or isinstance(slot, Dense | Conv | Lookup)
-
-
-def _inner_bias(made: LinearMap) -> bool:
-    return any(name.endswith("bias") for name, _ in made.named_parameters())
 
 
 def _times(slot: Any, scale: float) -> Any:
@@ -126,78 +135,6 @@ def _times(slot: Any, scale: float) -> Any:
         weight, _ = slot.exact()
         return alike(slot, (scale * weight).to(slot.dtype), None)
     return (slot.detach().double() * scale).to(slot.dtype)
-
-
-def drop_identity(made: LinearMap) -> LinearMap | None:
-    """Leave out of a chain what changes nothing once training is over: an order that is none, an identity, a dropout."""
-    if not isinstance(made, Chain) or len(made.slots) < 2:
-        return None
-    kept = [slot for slot in made.slots if not _changes_nothing(slot)]
-    if len(kept) == len(made.slots):
-        return None
-    return Chain(*(kept or made.slots[:1]), bias=made.bias)
-
-
-def _changes_nothing(slot: Slot) -> bool:
-    return (isinstance(slot, Identity | Dropout) and slot.bias is None) or (
-        isinstance(slot, Permutation) and slot.is_identity()
-    )
-
-
-def join_blocks(made: LinearMap) -> LinearMap | None:
-    """Blocks(first, second) -> one matrix."""
-    return Dense(made.matrix().detach(), made.bias) if isinstance(made, Blocks) else None
-
-
-def drop_closed_gates(made: LinearMap) -> LinearMap | None:
-    """Chain(B, Gate, A) -> the same over the components whose gate is not exactly zero, and none where all are."""
-    if not isinstance(made, Chain):
-        return None
-    for i in range(1, len(made.slots) - 1):
-        left, gate, right = made.slots[i - 1 : i + 2]
-        if not isinstance(gate, Gate) or gate.bias is not None or len(gate.open) == gate.in_features:
-            continue
-        if not (_holds_numbers(left) and pointwise(left) and _holds_numbers(right)):
-            continue
-        smaller = Gate(gate.diagonal.detach()[gate.open], spatial=gate.spatial)
-        parts = [_columns(left, gate.open), smaller, _rows(right, gate.open)]
-        return Chain(*made.slots[: i - 1], *parts, *made.slots[i + 2 :], bias=made.bias)
-    return None
-
-
-def _columns(slot: Any, kept: Tensor) -> Tensor | LinearMap:
-    if isinstance(slot, Conv):
-        return Conv(slot.weight.detach()[:, kept], slot.geometry, slot.bias)
-    return slot.detach()[:, kept] if not isinstance(slot, Dense) else Dense(slot.weight.detach()[:, kept], slot.bias)
-
-
-def _rows(slot: Any, kept: Tensor) -> Tensor | LinearMap:
-    if not isinstance(slot, LinearMap):
-        return slot.detach()[kept]  # type: ignore[no-any-return]
-    assert isinstance(slot, Conv | Lookup | Dense)
-    bias = None if slot.bias is None else slot.bias.detach()[kept]
-    if isinstance(slot, Conv):
-        return Conv(slot.weight.detach()[kept], slot.geometry, bias)
-    if isinstance(slot, Lookup):
-        return Lookup(slot.table.detach()[:, kept], slot.padding_index, bias)
-    return Dense(slot.weight.detach()[kept], bias)
-
-
-def drop_empty_terms(made: LinearMap) -> LinearMap | None:
-    """Leave out of a sum the products of rank 0."""
-    if not isinstance(made, Sum):
-        return None
-    kept = [slot for slot in made.slots if not _is_empty(slot)]
-    if len(kept) == len(made.slots) or not kept:
-        return None
-    return Sum(*kept, bias=made.bias)
-
-
-def _is_empty(slot: Slot) -> bool:
-    if isinstance(slot, Scale):
-        return slot.bias is None and _is_empty(slot.slots[0])
-    rank_zero = isinstance(slot, Chain) and any(slot_shape(part)[0] == 0 for part in slot.slots[1:])
-    return rank_zero and not _inner_bias(slot)  # type: ignore[arg-type]  # a chain
 
 
 def join_low_rank_terms(made: LinearMap) -> LinearMap | None:
@@ -258,6 +195,7 @@ def _combined(made: LinearMap, left: Slot, right: Slot) -> Affine:
 
 
 RULES: tuple[Rule, ...] = (
+    fold_adapters,
     flatten_nested,
     unwrap_single,
     absorb_scale,

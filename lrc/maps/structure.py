@@ -16,13 +16,14 @@ from lrc.maps.kronecker import Kronecker
 from lrc.maps.leaves import Dense, Diagonal, Permutation
 from lrc.maps.lookup import Lookup
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.row_norm import RowNorm
 from lrc.maps.small import Identity, OutputMask
 from lrc.maps.triangular import Triangular
 from lrc.maps.tucker import Tucker
 
 KINDS: tuple[type[LinearMap], ...] = (
     Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Gate, Triangular, Blocks, Tucker,
-    Kronecker, Identity, Dropout, OutputMask, Bottleneck,
+    Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm,
 )  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 

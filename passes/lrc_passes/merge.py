@@ -33,8 +33,6 @@ def merge(site: Site, statistics: Statistics, options: Merge) -> Rewrite | Keep:
         if notes:
             return Rewrite(made, notes)
         return Keep(f"nothing to fold{'' if before.obstacle() is None else f': {before.obstacle()}'}")
-    if before.obstacle() is not None:
-        return Keep(f"no dense weight: {before.obstacle()}")
     made = fold(before)
     if made is before:
         return Keep("nothing to fold: the map is one dense weight")

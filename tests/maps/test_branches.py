@@ -78,9 +78,16 @@ def test_a_branch_whose_gates_are_all_closed_goes(kind: str) -> None:
     bases = {"linear": Dense, "embedding": Lookup}
     W = randn(6, 4, seed=7) if kind == "linear" else randn(9, 6, seed=7)
     base = Conv(randn(6, 4, 3, 3, seed=7), branch.A.geometry) if kind == "conv" else bases[kind](W)
-    smaller, notes = simplify(Sum(base, Scale(branch, 2.0)))
-    assert any(note.startswith("drop empty terms: ") for note in notes)
+    smaller, _ = simplify(Sum(base, Scale(branch, 2.0)))
     assert type(smaller) is type(base)
+    assert torch.equal(smaller(x), base(x))
+
+
+def test_a_branch_of_rank_zero_is_left_out_beside_a_factorised_weight() -> None:
+    base, (branch, x) = Chain(randn(6, 1, seed=5), randn(1, 4, seed=6)), gated(torch.zeros(3, dtype=F64), "linear")
+    smaller, notes = simplify(Sum(base, Scale(branch, 2.0)))
+    assert repr(smaller) == "Chain[6,1,4]"
+    assert any(note.startswith("drop empty terms: ") for note in notes)
     assert torch.equal(smaller(x), base(x))
 
 

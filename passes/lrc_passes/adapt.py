@@ -1,0 +1,156 @@
+"""adapt: small trained maps beside frozen weights.
+
+X  ->  Sum(base: X*, adapter: Scale(s, Chain(B, A)))      method: lora; every other method is an expression of the same kind
+
+%y = linear(%x, fc.weight, fc.bias)
+%h = linear(%x, fc.adapter.inner.A);  %y = linear(%x, fc.base, fc.bias) + s * linear(%h, fc.adapter.inner.B)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lrc.errors import LrcError, SiteError, UsageError
+from lrc.initialisers import Initial, Start
+from lrc.maps import LinearMap
+from lrc.program import Adapted, Program, Site
+from lrc.run import Decision, Keep, Place, Rewrite, Session, program_pass
+from lrc.run.selection import select_sites
+from lrc.run.site_pass import carried_out, put
+from lrc.run.statistics import generator_for
+from lrc.run.summary import summarize
+from lrc.spec.registry import ADAPTERS, INITIALISERS
+from lrc_passes.adapt_options import Adapt, matching
+
+Source = Callable[[str], dict[str, Any]]
+
+
+@program_pass(Adapt)
+class AdaptPass:
+    """Decides the ranks, then has every site's map made by the method."""
+
+    def plan(self, program: Program, session: Session, options: Adapt, index: int) -> Sequence[Decision]:
+        """Decide for every selected site; no factor is computed, but what an initialiser needs for its ranks is measured."""
+        selected = select_sites(program, session, options, index)
+        check_patterns(options, [s.fqn for s in selected], session.where(index))
+        ranks = {s.fqn: options.rank_of(s.fqn, program.sites[s.fqn].shape) for s in selected}
+        shared: dict[str, Any] = {}
+        decisions = []
+        for chosen in selected:
+            site, rank = program.sites[chosen.fqn], ranks[chosen.fqn]
+            before = summarize(site.map)
+            decision = Decision(
+                index, options.type, (site.fqn,), chosen.rule, before, before, rank=rank, full_rank=min(site.shape)
+            )
+            reason = chosen.keep or obstacle(site, rank, options)
+            made: Any = Keep(reason) if reason else self.make(Work(program, session, options, shared, True), site, rank)[0]
+            decisions.append(carried_out(decision, made))
+        return decisions
+
+    def apply(self, program: Program, session: Session, options: Adapt, decisions: Sequence[Decision]) -> Sequence[Decision]:
+        """Make every adapter and put it in place; whatever is no adapter is trained no more."""
+        work = [d for d in decisions if d.keep is None]
+        sources = measured(program, session, options, [d.sites[0] for d in work])
+        done = {d.name: d for d in decisions}
+        task = Work(program, session, options, {}, False)
+        program.freeze()
+        for d in session.track(options.type, work):
+            site = program.sites[d.sites[0]]
+            assert d.rank is not None, "an adapter that is not kept has a rank"
+            made, kept = self.make(task, site, d.rank, sources(site.fqn))
+            done[d.name] = put(program, replace(d, notes=()), made)
+            if kept is not None:
+                program.adapters[site.fqn] = kept
+        program.settle()
+        return list(done.values())
+
+    def make(
+        self, task: "Work", site: Site, rank: int, source: dict[str, Any] | None = None
+    ) -> tuple[Rewrite | Keep, Adapted | None]:
+        """Call the method at one site. Returns its map, and what is remembered of it."""
+        options = task.options
+        scaling = options.method.scaling(rank, options.alpha_of(site.fqn))
+        generator = generator_for(site.fqn, task.session.seed)
+        place = Place(
+            site, rank=rank, scaling=scaling, generator=generator, dropout=options.dropout, planning=task.planning,
+            shared=task.shared, start=lambda: started(task, site, rank, scaling, generator, source or {}),
+        )  # fmt: skip
+        try:
+            made = ADAPTERS.for_options(options.method)(place, options.method)
+        except LrcError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise SiteError(site.fqn, message=f"`method: {options.method.type}` failed: {error}") from error
+        if isinstance(made, Keep):
+            return made, None
+        assert isinstance(made, LinearMap), "a method returns a map"
+        return Rewrite(made, tuple(place.notes)), remembered(place, options)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all sites of one call have in common."""
+
+    program: Program
+    session: Session
+    options: Adapt
+    shared: dict[str, Any]
+    planning: bool
+
+
+def started(task: Work, site: Site, rank: int, scaling: float, generator: torch.Generator, source: dict[str, Any]) -> Initial:
+    """Run the initialiser for one site; while planning, return factors that have sizes and no numbers."""
+    options = task.options.start
+    if options is None:
+        raise SiteError(site.fqn, message=f"`method: {task.options.method.type}` has no initialiser")
+    if task.planning:
+        with torch.device("meta"):
+            return Initial(torch.empty(site.out_features, rank), torch.empty(rank, site.in_features))
+
+    def weight() -> torch.Tensor:
+        made = site.map.dense().weight
+        return made.to(torch.promote_types(made.dtype, torch.float32), copy=True)
+
+    start = Start(weight, site.shape, rank, scaling, site.kind, generator, **source)  # type: ignore[arg-type]  # one of three words
+    found: Initial = INITIALISERS.for_options(options)(start, options)
+    return found
+
+
+def measured(program: Program, session: Session, options: Adapt, fqns: list[str]) -> Source:
+    """Return a function from a site to what the initialiser wants to know of it."""
+    moments = session.moments(program, fqns, options.needs)
+    return lambda fqn: {"moments": moments(fqn)}
+
+
+def obstacle(site: Site, rank: int, options: Adapt) -> str | None:
+    """Return why a site cannot be adapted, or None."""
+    found = options.method.obstacle(site, rank)
+    if found is None and options.start is not None:
+        found = options.start.obstacle(site.kind, site.shape, rank)
+    return found
+
+
+def remembered(place: Place, options: Adapt) -> Adapted | None:
+    """Return what is remembered of an adapter that is no longer only planned."""
+    if place.planning:
+        return None
+    initial, start = place.initial, options.start
+    factors = None if initial is None or initial.base is None else (initial.B, initial.A)
+    return Adapted(
+        options.method.type, place.rank, options.alpha_of(place.site.fqn), place.scaling,
+        init=None if initial is None or start is None else start.type,
+        dropout=place.dropout, initial=factors, options=options.method.model_dump(exclude={"type"}),
+    )  # fmt: skip
+
+
+def check_patterns(options: Adapt, fqns: list[str], where: str) -> None:
+    """Raise UsageError for a key of `rank_pattern` or `alpha_pattern` that matches no selected site."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in () if options.optional else getattr(options, name):
+            if not any(matching({pattern: 0}, fqn) for fqn in fqns):
+                raise UsageError(
+                    where, message=f"`{name}`: {pattern!r} matches no selected site",
+                    hint="Mend the pattern, or set `optional: true`",
+                )  # fmt: skip
