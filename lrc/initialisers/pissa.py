@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from lrc.initialisers.base import Initial, InitialiserOptions, Start, initialiser, subtracted
+from lrc.initialisers.base import Initial, InitialiserOptions, Start, initialiser, lowrank_svd, subtracted
 
 
 class Pissa(InitialiserOptions):
@@ -30,9 +30,6 @@ def pissa(start: Start, options: Pissa) -> Initial:
     if options.niter is None:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     else:
-        with torch.random.fork_rng(devices=[]):  # svd_lowrank draws from the global generator alone
-            torch.manual_seed(start.generator.initial_seed())
-            U, S, V = torch.svd_lowrank(W, q=start.rank, niter=options.niter)
-        Vh = V.T
+        U, S, Vh = lowrank_svd(W, start.rank, options.niter, start.generator.initial_seed())
     root = (S[: start.rank] / start.scaling).sqrt()
     return subtracted(start, W, U[:, : start.rank] * root, root[:, None] * Vh[: start.rank])

@@ -50,7 +50,7 @@ class Place:
 
     site: the place; rank, scaling, dropout: of the adapter; generator: seeded by the site's name. start: runs the spec's
     initialiser, or gives factors without numbers (device meta) while the adapter is only planned. shared: what all places
-    of one pass share, by name (VeRA's matrices).
+    of one pass share, by name (VeRA's matrices); `shapes`: those of all their weights.
     """
 
     def __init__(

@@ -6,14 +6,14 @@ X  ->  Sum(base: X*, adapter: Scale(s, Chain(B, A)))      method: lora; every ot
 %h = linear(%x, fc.adapter.inner.A);  %y = linear(%x, fc.base, fc.bias) + s * linear(%h, fc.adapter.inner.B)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lrc.errors import LrcError, SiteError, UsageError
-from lrc.initialisers import Initial, Start
+from lrc.initialisers import Initial, InitialiserOptions, Start
 from lrc.maps import LinearMap
 from lrc.program import Adapted, Program, Site
 from lrc.run import Decision, Keep, Place, Rewrite, Session, program_pass
@@ -23,9 +23,7 @@ from lrc.run.statistics import generator_for
 from lrc.run.summary import summarize
 from lrc.spec.registry import ADAPTERS, INITIALISERS
 from lrc_passes.adapt_options import Adapt, matching
-
-Source = Callable[[str], dict[str, Any]]
-
+from lrc_passes.adapt_sources import findings, sources
 
 @program_pass(Adapt)
 class AdaptPass:
@@ -35,16 +33,20 @@ class AdaptPass:
         """Decide for every selected site; no factor is computed, but what an initialiser needs for its ranks is measured."""
         selected = select_sites(program, session, options, index)
         check_patterns(options, [s.fqn for s in selected], session.where(index))
-        ranks = {s.fqn: options.rank_of(s.fqn, program.sites[s.fqn].shape) for s in selected}
-        shared: dict[str, Any] = {}
+        wanted = {s.fqn: options.rank_of(s.fqn, program.sites[s.fqn].shape) for s in selected}
+        reasons = {s.fqn: s.keep or obstacle(program.sites[s.fqn], wanted[s.fqn], options) for s in selected}
+        ranks = settled(program, session, options, {fqn: rank for fqn, rank in wanted.items() if reasons[fqn] is None})
+        shared: dict[str, Any] = {"shapes": [program.sites[fqn].shape for fqn, rank in ranks.items() if rank]}
         decisions = []
         for chosen in selected:
-            site, rank = program.sites[chosen.fqn], ranks[chosen.fqn]
+            site, rank = program.sites[chosen.fqn], ranks.get(chosen.fqn, wanted[chosen.fqn])
             before = summarize(site.map)
             decision = Decision(
                 index, options.type, (site.fqn,), chosen.rule, before, before, rank=rank, full_rank=min(site.shape)
             )
-            reason = chosen.keep or obstacle(site, rank, options)
+            reason = reasons[chosen.fqn]
+            if rank == 0 and options.start is not None:
+                reason = f"`init: {options.start.type}` gives its rank to other sites"
             made: Any = Keep(reason) if reason else self.make(Work(program, session, options, shared, True), site, rank)[0]
             decisions.append(carried_out(decision, made))
         return decisions
@@ -52,14 +54,15 @@ class AdaptPass:
     def apply(self, program: Program, session: Session, options: Adapt, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Make every adapter and put it in place; whatever is no adapter is trained no more."""
         work = [d for d in decisions if d.keep is None]
-        sources = measured(program, session, options, [d.sites[0] for d in work])
+        wanted = {d.sites[0]: options.rank_of(d.sites[0], program.sites[d.sites[0]].shape) for d in work}
+        of = sources(program, session, options.start, wanted, int(options.gradient_mb * 2**20))
         done = {d.name: d for d in decisions}
-        task = Work(program, session, options, {}, False)
+        task = Work(program, session, options, {"shapes": [program.sites[d.sites[0]].shape for d in work]}, False)
         program.freeze()
         for d in session.track(options.type, work):
             site = program.sites[d.sites[0]]
             assert d.rank is not None, "an adapter that is not kept has a rank"
-            made, kept = self.make(task, site, d.rank, sources(site.fqn))
+            made, kept = self.make(task, site, d.rank, of(site.fqn))
             done[d.name] = put(program, replace(d, notes=()), made)
             if kept is not None:
                 program.adapters[site.fqn] = kept
@@ -71,7 +74,8 @@ class AdaptPass:
     ) -> tuple[Rewrite | Keep, Adapted | None]:
         """Call the method at one site. Returns its map, and what is remembered of it."""
         options = task.options
-        scaling = options.method.scaling(rank, options.alpha_of(site.fqn))
+        alpha = alpha_for(site, rank, options)
+        scaling = options.method.scaling(rank, alpha)
         generator = generator_for(site.fqn, task.session.seed)
         place = Place(
             site, rank=rank, scaling=scaling, generator=generator, dropout=options.dropout, planning=task.planning,
@@ -86,7 +90,7 @@ class AdaptPass:
         if isinstance(made, Keep):
             return made, None
         assert isinstance(made, LinearMap), "a method returns a map"
-        return Rewrite(made, tuple(place.notes)), remembered(place, options)
+        return Rewrite(made, tuple(place.notes)), remembered(place, options, alpha)
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,18 @@ def started(task: Work, site: Site, rank: int, scaling: float, generator: torch.
     return found
 
 
-def measured(program: Program, session: Session, options: Adapt, fqns: list[str]) -> Source:
-    """Return a function from a site to what the initialiser wants to know of it."""
-    moments = session.moments(program, fqns, options.needs)
-    return lambda fqn: {"moments": moments(fqn)}
+def settled(program: Program, session: Session, options: Adapt, wanted: dict[str, int]) -> Mapping[str, int]:
+    """Return the ranks as the initialiser shares them out, 0 for no adapter."""
+    start = options.start
+    if start is None or type(start).ranks is InitialiserOptions.ranks or not wanted:
+        return wanted
+    return start.ranks(wanted, findings(program, session, start, wanted).__getitem__)
+
+
+def alpha_for(site: Site, rank: int, options: Adapt) -> float | None:
+    """Return a site's alpha; where the initialiser gave it another rank than the spec's, it changes by as much."""
+    alpha, wanted = options.alpha_of(site.fqn), options.rank_of(site.fqn, site.shape)
+    return alpha if alpha is None or rank == wanted else alpha * rank / wanted
 
 
 def obstacle(site: Site, rank: int, options: Adapt) -> str | None:
@@ -132,14 +144,14 @@ def obstacle(site: Site, rank: int, options: Adapt) -> str | None:
     return found
 
 
-def remembered(place: Place, options: Adapt) -> Adapted | None:
+def remembered(place: Place, options: Adapt, alpha: float | None) -> Adapted | None:
     """Return what is remembered of an adapter that is no longer only planned."""
     if place.planning:
         return None
     initial, start = place.initial, options.start
-    factors = None if initial is None or initial.base is None else (initial.B, initial.A)
+    factors = (initial.B, initial.A) if initial is not None and initial.subtracted else None
     return Adapted(
-        options.method.type, place.rank, options.alpha_of(place.site.fqn), place.scaling,
+        options.method.type, place.rank, alpha, place.scaling,
         init=None if initial is None or start is None else start.type,
         dropout=place.dropout, initial=factors, options=options.method.model_dump(exclude={"type"}),
     )  # fmt: skip

@@ -41,6 +41,10 @@ class Adapt(PassOptions):
         default={}, description="Ranks of single sites: a regular expression for the end of a name, as PEFT has it."
     )
     alpha_pattern: dict[str, float] = Field(default={}, description="The same for alpha.")
+    gradient_mb: float = Field(
+        default=64.0, ge=0, strict=False, description="Megabytes of weight gradients that are held at a time, where the initialiser "
+        "wants gradients; at least one weight's. The calibration data runs once for each such share."
+    )  # fmt: skip
     tied: Literal["keep", "untie", "error"] = Field(
         default="keep",
         description="A weight that something else reads too (a head that shares the embedding): leave it, adapt this use of it "
@@ -120,7 +124,7 @@ def translated(data: Mapping[str, Any]) -> dict[str, Any]:
     elif stabilised:
         made["method"] = "rslora"
     init = made.get("init")
-    if isinstance(init, bool) or (init in ("lora_ga",) and "init_lora_weights" in data):
+    if isinstance(init, bool) or (init == "lora_ga" and "init_lora_weights" in data):
         made["init"] = PEFT_INITS[init]
     elif isinstance(init, str) and (found := re.fullmatch(r"pissa_niter_(\d+)", init)):
         made["init"] = {"type": "pissa", "niter": int(found[1])}

@@ -26,5 +26,6 @@ def lora(place: Place, options: Lora) -> LinearMap:
 def beside(place: Place) -> LinearMap:
     """Return the frozen base plus `scaling` B A."""
     base, initial = place.started()
-    branch = place.scaled(place.product(initial.B, initial.A))
+    B = initial.B if initial.core is None else initial.B @ initial.core
+    branch = place.scaled(place.product(B, initial.A))
     return Sum(base, branch, bias=place.bias, names=("base", "adapter"))
