@@ -126,7 +126,8 @@ class Chain(Composite):
         return weight
 
     def __repr__(self) -> str:
-        if any(isinstance(slot, LinearMap) for slot in self.slots):
+        trained = {isinstance(slot, LinearMap) or slot.requires_grad for slot in self.slots}
+        if len(trained) > 1 or any(isinstance(slot, LinearMap) for slot in self.slots):
             return f"Chain({', '.join(_text(slot) for slot in self.slots)})"
         sizes = [slot_shape(slot)[0] for slot in self.slots] + [self.in_features]
         return f"Chain[{','.join(map(str, sizes))}]{self.mark()}"

@@ -87,7 +87,7 @@ class Adapt(PassOptions):
         own = matching(self.rank_pattern, fqn)
         if own is not None:
             return int(self.rank_pattern[own])
-        return (self.rank or FixedRank(rank=self.method.default_rank)).most(*shape)
+        return (self.rank or FixedRank(rank=self.method.rank_for(shape))).most(*shape)
 
     def alpha_of(self, fqn: str) -> float | None:
         """Return the alpha that the spec gives to a site."""
