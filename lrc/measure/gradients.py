@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from lrc.data import Batch
 from lrc.measure.collect import is_in_place
 from lrc.measure.cotangents import Fisher, cotangent, has_classes
-from lrc.measure.taps import Tap, placeholder_values, pieces, rows_of, taps_of
+from lrc.measure.taps import Tap, pieces, placeholder_values, rows_of, taps_of
 from lrc.program import Program
 from lrc.program.readout import readout
 
@@ -21,9 +21,9 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """Return the mean over batches of dL/dW, (out_features, in_features) float32 each, L the mean loss over a batch's rows.
 
-    loss: see `cotangents.cotangent`. No weight needs a gradient of its own: dL/dW is the product of what a site reads and of the
-    gradient at what it gives, formed for one site after the other. So no more is held than the `fqns`' own gradients and one
-    batch's activations. The model is not changed, and runs in eval mode.
+    loss: see `cotangents.cotangent`. No weight needs a gradient of its own: dL/dW is the product of what a site reads and of
+    the gradient at what it gives, formed for one site after the other. So no more is held than the `fqns`' own gradients and
+    one batch's activations. The model is not changed, and runs in eval mode.
     """
     walk = Backward(program, fqns)
     count = 0

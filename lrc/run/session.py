@@ -36,7 +36,8 @@ class Session:
     """The shared state of one run.
 
     batches: makes the calibration batches, called at most once and only when a statistic is needed; has_data: whether there
-    are any. memo: what passes measured by other ways than moments, by digest. notices: what the plan should mention beside the decisions (shadowed patterns, how a budget was shared).
+    are any. memo: what passes measured by other ways than moments, by digest. notices: what the plan should mention beside the
+    decisions (shadowed patterns, how a budget was shared).
     """
 
     def __init__(

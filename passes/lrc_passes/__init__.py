@@ -2,6 +2,7 @@
 
 from lrc_passes.adapt import AdaptPass
 from lrc_passes.factorize import factorize
+from lrc_passes.load_adapter import LoadAdapterPass
 from lrc_passes.merge import merge
 
-BUILTIN = (AdaptPass, factorize, merge)
+BUILTIN = (AdaptPass, factorize, LoadAdapterPass, merge)

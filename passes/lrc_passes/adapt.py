@@ -26,6 +26,7 @@ from lrc.spec.registry import ADAPTERS, INITIALISERS
 from lrc_passes.adapt_options import Adapt, matching
 from lrc_passes.adapt_sources import findings, sources
 
+
 @program_pass(Adapt)
 class AdaptPass:
     """Decides the ranks, then has every site's map made by the method."""
@@ -164,7 +165,7 @@ def remembered(place: Place, options: Adapt, alpha: float | None) -> Adapted | N
     if place.planning:
         return None
     initial, start = place.initial, options.start
-    factors = (initial.B, initial.A) if initial is not None and initial.subtracted else None
+    factors = (initial.B.clone(), initial.A.clone()) if initial is not None and initial.subtracted else None
     return Adapted(
         options.method.type, place.rank, alpha, place.scaling,
         init=None if initial is None or start is None else start.type,

@@ -43,8 +43,8 @@ class Adapt(PassOptions):
     )
     alpha_pattern: dict[str, float] = Field(default={}, description="The same for alpha.")
     gradient_mb: float = Field(
-        default=64.0, ge=0, strict=False, description="Megabytes of weight gradients that are held at a time, where the initialiser "
-        "wants gradients; at least one weight's. The calibration data runs once for each such share."
+        default=64.0, ge=0, strict=False, description="Megabytes of weight gradients that are held at a time, where the "
+        "initialiser wants gradients; at least one weight's. The calibration data runs once for each such share."
     )  # fmt: skip
     tied: Literal["keep", "untie", "error"] = Field(
         default="keep",
