@@ -32,6 +32,7 @@ from lrc.ranks.budgets import (
     size_mb,
 )
 from lrc.ranks.candidates import Candidates, Offer, Unit
+from lrc.ranks.contribution import Contribution, ContributionRank, contribution
 from lrc.ranks.policies import (
     BreakevenRank,
     EnergyRank,
@@ -53,6 +54,7 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
     flops_kept,
     latency_kept,
     latency_ms,
+    contribution,
 )
 
 
@@ -100,6 +102,8 @@ __all__ = [
     "BreakevenRank",
     "Candidates",
     "Choice",
+    "Contribution",
+    "ContributionRank",
     "EnergyRank",
     "FixedRank",
     "FlopsKept",
@@ -119,6 +123,7 @@ __all__ = [
     "Unit",
     "allocate_ranks",
     "choose",
+    "contribution",
     "measured_ranks",
     "product_size",
     "rank_policy",

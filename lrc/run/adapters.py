@@ -34,6 +34,10 @@ class AdapterOptions(Tagged):
     default_init: ClassVar[InitialiserOptions | None] = Kaiming()
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
 
+    def rank_for(self, shape: tuple[int, int]) -> int:
+        """Return the rank at a site of shape (out_features, in_features) where the spec names none."""
+        return self.default_rank
+
     def scaling(self, rank: int, alpha: float | None) -> float:
         """Return the constant in front of the adapter's product; alpha: as the spec says, or `default_alpha`."""
         return 1.0 if alpha is None else alpha / rank
