@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lrc.errors import LowerError
-from lrc.maps import Chain, ConvChain, Dropout, LinearMap, RowNorm, Scale, Sum, frozen_base
-from lrc.maps.base import Slot
+from lrc.maps import Chain, ConvChain, Dropout, LinearMap, Lookup, RowNorm, Scale, Sum, frozen_base
+from lrc.maps.base import Slot, slot_weight
 from lrc.maps.low_rank import low_rank
 from lrc.program import Site
 
@@ -81,8 +81,11 @@ def factors_of(branch: Slot, fqn: str) -> Factors:
     scaling = 1.0
     while isinstance(branch, Scale) and branch.bias is None:
         scaling, branch = scaling * branch.scale, branch.slots[0]
-    if isinstance(branch, Chain) and isinstance(branch.slots[0], ConvChain) and branch.bias is None:
+    if isinstance(branch, Chain) and branch.bias is None:
         kept = [slot for slot in branch.slots if not isinstance(slot, Dropout)]
+        if len(kept) == 2 and all(not isinstance(slot, LinearMap) or isinstance(slot, Lookup) for slot in kept):
+            B, A = (slot_weight(slot).detach() for slot in kept)  # of any rank, higher than the weight's own too
+            return Factors(B, A, scaling)
         branch = kept[0] if len(kept) == 1 else branch
     if isinstance(branch, ConvChain) and len(branch.kernels) == 2:
         B, A = branch.kernels
