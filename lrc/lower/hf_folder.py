@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
+from lrc.maps import Conv, Dense, Lookup
 from lrc.program import Program
 from lrc.program.checks import need_transformers
 from lrc.program.graft import graft, share
@@ -41,18 +42,51 @@ def export_hf(program: Program, folder: Path, options: HfExport) -> Written:
             message="only transformers models have a Hugging Face folder",
             hint="Export `format: pt2` instead",
         )
-    notes = separate_shared_maps(program, model)
+    stock = put_stock_modules(program, model)
+    notes = [] if stock else separate_shared_maps(program, model)
     with Quiet(need_transformers()):
         model.save_pretrained(folder)
-    write_config(program, folder / "config.json")
+    write_config(program, folder / "config.json", stock=stock)
     if program.origin.folder is not None:
         copy_sidecars(Path(program.origin.folder), folder)
     return Written("config.json", tuple(notes))
 
 
-def write_config(program: Program, path: Path) -> None:
-    """Rewrite a saved config so that it names our model type and the map at every rewritten site."""
+def put_stock_modules(program: Program, model: nn.Module) -> bool:
+    """Put the model's own kind of module back at every site, with the map's weight, where all maps are one weight each.
+
+    Returns whether that was so: then the folder is a stock one. What was merged needs nothing of ours to load.
+    """
+    source = program.origin.model
+    if source is None or "lrc" in getattr(model.config, "to_dict", dict)():  # type: ignore[operator]  # of a config
+        return False
+    made: dict[str, nn.Module] = {}
+    for fqn in program.maps:
+        site = program.sites[fqn]
+        for name, held in program.placed(fqn).items():
+            old: Any = source.get_submodule(name)
+            if not isinstance(held, Dense | Conv | Lookup) or (held.bias is None) != (getattr(old, "bias", None) is None):
+                return False
+            weight = held.weight.T.contiguous() if site.transposed else held.weight
+            if weight.shape != old.weight.shape:
+                return False
+            new = share(old)
+            new.weight = nn.Parameter(weight.detach())
+            if held.bias is not None:
+                new.bias = nn.Parameter(held.bias.detach())
+            made[name] = new.train(old.training)
+    for name, module in made.items():
+        model.set_submodule(name, module)
+    return True
+
+
+def write_config(program: Program, path: Path, *, stock: bool = False) -> None:
+    """Rewrite a saved config so that it names our model type and the map at every rewritten site; not of a stock model."""
     config = json.loads(path.read_text(encoding="utf-8"))
+    if stock:
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        return
     base = str(config.get("model_type", ""))
     kept = config.pop("lrc", None)
     if not base.startswith("lrc_") and program.maps:
