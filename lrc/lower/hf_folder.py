@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lrc.errors import LowerError
@@ -43,7 +45,7 @@ def export_hf(program: Program, folder: Path, options: HfExport) -> Written:
             hint="Export `format: pt2` instead",
         )
     stock = put_stock_modules(program, model)
-    notes = [] if stock else separate_shared_maps(program, model)
+    notes = [] if stock else [*separate_shared_maps(program, model), *give_own_memory(program, model)]
     with Quiet(need_transformers()):
         model.save_pretrained(folder)
     write_config(program, folder / "config.json", stock=stock)
@@ -113,12 +115,28 @@ def separate_shared_maps(program: Program, model: nn.Module) -> list[str]:
     return notes
 
 
+def give_own_memory(program: Program, model: nn.Module) -> list[str]:
+    """Give a map its own copy where it shares memory with anything else in the model: files know no such sharing.
+
+    So the base under the adapter of a tied embedding, and VeRA's projections, which all sites cut from the same two matrices.
+    """
+    holders = Counter(p.untyped_storage().data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
+    names = [name for fqn in program.maps for name in program.placed(fqn)]
+    copied = []
+    for name in names:
+        made = model.get_submodule(name)
+        if any(holders[p.untyped_storage().data_ptr()] > 1 or not p.is_contiguous() for p in made.parameters()):
+            model.set_submodule(name, _copied(made))
+            copied.append(name)
+    return [f"{len(copied)} maps share memory in the program and not in the folder, first {copied[0]}"] if copied else []
+
+
 def _copied(module: nn.Module) -> nn.Module:
     twin = share(module)
     for name, tensor in list(twin.named_parameters()):
         owner, _, last = name.rpartition(".")
         parent = twin.get_submodule(owner) if owner else twin
-        setattr(parent, last, nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad))
+        setattr(parent, last, nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=tensor.requires_grad))
     return twin
 
 
@@ -151,8 +169,6 @@ class ModelRunner:
 
     def __call__(self, **inputs: Any) -> dict[str, Tensor]:
         """Run without gradients; caches and other values that are no tensors are left out."""
-        import torch
-
         with torch.no_grad():
             return named_tensors(self.model(**inputs))
 
