@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lrc.errors import UsageError
-from lrc.initialisers import Initial, Olora, Pissa, Start, olora, pissa
+from lrc.initialisers import Initial, Olora, Pissa, Start
+from lrc.initialisers.olora import olora
+from lrc.initialisers.pissa import pissa
 from lrc.lower.peft_folder import PeftFolder, by_module
 from lrc.lower.peft_sites import Factors, adapted_map
 from lrc.maps import Chain, Diagonal, LinearMap, Sum, frozen_base

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lrc.errors import LowerError
 from lrc.maps import Chain, ConvChain, Dropout, LinearMap, Lookup, RowNorm, Scale, Sum, frozen_base
-from lrc.maps.base import Slot, slot_exact
+from lrc.maps.base import Slot, slot_weight
+from lrc.maps.low_rank import low_rank
 from lrc.program import Site
 
 
@@ -73,48 +74,29 @@ def joined(factors: list[Factors]) -> Factors:
 
 
 def factors_of(branch: Slot, fqn: str) -> Factors:
-    """Return a branch as two factors: as they are stored where it is a chain of two, else multiplied out at its narrowest.
+    """Return the two factors of a branch: as they are stored where it is a product of two, else multiplied out.
 
-    Raises LowerError for a branch that is not linear, or no product.
+    Raises LowerError for a branch that is not linear, no product, or has a bias.
     """
     scaling = 1.0
-    while isinstance(branch, Scale):
+    while isinstance(branch, Scale) and branch.bias is None:
         scaling, branch = scaling * branch.scale, branch.slots[0]
-    if isinstance(branch, Chain):
+    if isinstance(branch, Chain) and branch.bias is None:
         kept = [slot for slot in branch.slots if not isinstance(slot, Dropout)]
-        if len(kept) == 1:
-            return rescaled(factors_of(kept[0], fqn), scaling)
-        cut = min(range(1, len(kept)), key=lambda i: width(kept[i]))
-        return Factors(product(kept[:cut]), product(kept[cut:]), scaling)
+        if len(kept) == 2 and all(not isinstance(slot, LinearMap) or isinstance(slot, Lookup) for slot in kept):
+            B, A = (slot_weight(slot).detach() for slot in kept)  # of any rank, higher than the weight's own too
+            return Factors(B, A, scaling)
+        branch = kept[0] if len(kept) == 1 else branch
     if isinstance(branch, ConvChain) and len(branch.kernels) == 2:
         B, A = branch.kernels
         return Factors(B.detach().flatten(1), A.detach().flatten(1), scaling)
-    raise LowerError(
-        fqn, message="the adapter is no product of two matrices, so PEFT cannot hold it",
-        hint="Merge it (`type: merge`) and export the model",
-    )  # fmt: skip
-
-
-def rescaled(factors: Factors, scaling: float) -> Factors:
-    """Return factors with another constant in front."""
-    return Factors(factors.B, factors.A, factors.scaling * scaling)
-
-
-def width(slot: Slot) -> int:
-    """Return how many outputs a part of a chain has."""
-    return slot.out_features if isinstance(slot, LinearMap) else slot.shape[0]
-
-
-def product(parts: list[Slot]) -> Tensor:
-    """Return the product of matrices; one alone as it is stored."""
-    if len(parts) == 1:
-        (part,) = parts
-        return (part.table.T if isinstance(part, Lookup) else part.matrix() if isinstance(part, LinearMap) else part).detach()
-    made = slot_exact(parts[-1]).weight
-    for part in reversed(parts[:-1]):
-        made = slot_exact(part).weight @ made
-    dtype = next((p.dtype for p in parts if not isinstance(p, LinearMap)), torch.float32)
-    return made.to(dtype)
+    found = low_rank(branch) if isinstance(branch, LinearMap) else None
+    if found is None or found.bias is not None:
+        raise LowerError(
+            fqn, message="the adapter is no product of two matrices, so PEFT cannot hold it",
+            hint="Merge it (`type: merge`) and export the model",
+        )  # fmt: skip
+    return Factors(found.B, found.A, scaling * found.scale)
 
 
 def doubled(now: Factors, initial: tuple[Tensor, Tensor]) -> Factors:

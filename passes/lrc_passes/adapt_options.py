@@ -91,7 +91,7 @@ class Adapt(PassOptions):
         return (self.rank or FixedRank(rank=self.method.rank_for(shape))).most(*shape)
 
     def ranks_of(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Choice]:
-        """Return the rank that the spec gives to every site, or why it has none. shapes: (out_features, in_features) by site."""
+        """Return the rank that the spec gives to every site, or why it has none. shapes: (out, in)_features by site."""
         if self.rank is None or self.rank.by_shape:
             return {fqn: Choice(self.rank_of(fqn, shape)) for fqn, shape in shapes.items()}
         nothing = torch.empty(0)
