@@ -28,8 +28,9 @@ class Ldu(NamedTuple):
 def ldu(weight: Tensor, rank: int) -> Ldu:
     """Return the first `rank` terms of the pivoted LU decomposition of weight (out_features, in_features), in float64.
 
-    A pivot is tiny where rounding in the weight's own dtype can have made it. The product is no best approximation of its rank: it equals the weight in its first `rank` columns and its first `rank`
-    pivot rows. Source: Golub & Van Loan (2013), section 3.4; as an adapter: LoLDU (2024), arXiv:2410.13618.
+    A pivot is tiny where rounding in the weight's own dtype can have made it. The product is no best approximation of its
+    rank: it equals the weight in its first `rank` columns and its first `rank` pivot rows.
+    Source: Golub & Van Loan (2013), section 3.4; as an adapter: LoLDU (2024), arXiv:2410.13618.
     """
     packed, pivots, _ = torch.linalg.lu_factor_ex(weight.double().cpu())
     order = list(range(weight.shape[0]))

@@ -10,7 +10,7 @@ from lrc.api import Compiled
 from lrc.maps import LinearMap
 from lrc.program import Program
 
-MERGE = {"version": 1, "passes": [{"type": "merge"}, {"type": "merge", "targets": ["table"]}]}
+MERGE = {"version": 1, "passes": [{"type": "merge"}, {"type": "merge", "targets": ["table"], "optional": True}]}
 
 
 class Sites(nn.Module):
