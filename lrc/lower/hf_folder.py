@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -76,15 +76,34 @@ def separate_shared_maps(program: Program, model: nn.Module) -> list[str]:
             notes.append(
                 f"{other} shares the weight of {fqn}; the folder holds it twice, since transformers shares embeddings alone"
             )
-    return notes
+    return notes + separate_shared_parts(program, model)
 
 
-def _copied(module: nn.Module) -> nn.Module:
+def separate_shared_parts(program: Program, model: nn.Module) -> list[str]:
+    """Give every map its own copy of a tensor that is a part of several (the rule of `compacter`)."""
+    seen: set[int] = set()
+    copies = 0
+    for place in (place for fqn in program.maps for place in program.placed(fqn)):
+        module = model.get_submodule(place)
+        again = []
+        for name, tensor in module.named_parameters(remove_duplicate=False):
+            if id(tensor) in seen:
+                again.append(name)
+            seen.add(id(tensor))
+        if again:
+            model.set_submodule(place, _copied(module, again))
+            copies += len(again)
+    return [f"maps share tensors among each other; the folder holds {copies} copies of them"] if copies else []
+
+
+def _copied(module: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
+    """Return a module with copies of its parameters, or of those that are named."""
     twin = share(module)
-    for name, tensor in list(twin.named_parameters()):
-        owner, _, last = name.rpartition(".")
-        parent = twin.get_submodule(owner) if owner else twin
-        setattr(parent, last, nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad))
+    for name, tensor in list(twin.named_parameters(remove_duplicate=names is None)):
+        if names is None or name in names:
+            owner, _, last = name.rpartition(".")
+            parent = twin.get_submodule(owner) if owner else twin
+            setattr(parent, last, nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad))
     return twin
 
 

@@ -68,7 +68,6 @@ def test_what_is_no_product_has_no_factors() -> None:
     bent = Bottleneck(randn(4, 1, seed=0), randn(1, 4, seed=1))
     for made in (
         Dense(randn(4, 4, seed=0)),
-        wide,
         bent,
         Sum(randn(4, 4, seed=0), Chain(randn(4, 1, seed=1), randn(1, 4, seed=2))),
     ):
