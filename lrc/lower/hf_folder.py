@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -116,27 +116,34 @@ def separate_shared_maps(program: Program, model: nn.Module) -> list[str]:
 
 
 def give_own_memory(program: Program, model: nn.Module) -> list[str]:
-    """Give a map its own copy where it shares memory with anything else in the model: files know no such sharing.
+    """Give every map its own copy of a tensor that shares memory with anything else in the model: files know no such sharing.
 
-    So the base under the adapter of a tied embedding, and VeRA's projections, which all sites cut from the same two matrices.
+    So the base under the adapter of a tied embedding, the rule that all sites of `compacter` share, VeRA's projections.
     """
     holders = Counter(p.untyped_storage().data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
-    names = [name for fqn in program.maps for name in program.placed(fqn)]
-    copied = []
-    for name in names:
-        made = model.get_submodule(name)
-        if any(holders[p.untyped_storage().data_ptr()] > 1 or not p.is_contiguous() for p in made.parameters()):
-            model.set_submodule(name, _copied(made))
-            copied.append(name)
-    return [f"{len(copied)} maps share memory in the program and not in the folder, first {copied[0]}"] if copied else []
+    copies = 0
+    for place in (place for fqn in program.maps for place in program.placed(fqn)):
+        module = model.get_submodule(place)
+        shared = [
+            name
+            for name, p in module.named_parameters(remove_duplicate=False)
+            if holders[p.untyped_storage().data_ptr()] > 1 or not p.is_contiguous()
+        ]
+        if shared:
+            model.set_submodule(place, _copied(module, shared))
+            copies += len(shared)
+    return [f"maps share memory with one another or the model; the folder holds {copies} copies of it"] if copies else []
 
 
-def _copied(module: nn.Module) -> nn.Module:
+def _copied(module: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
+    """Return a module with copies of its parameters, or of those that are named."""
     twin = share(module)
-    for name, tensor in list(twin.named_parameters()):
-        owner, _, last = name.rpartition(".")
-        parent = twin.get_submodule(owner) if owner else twin
-        setattr(parent, last, nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=tensor.requires_grad))
+    for name, tensor in list(twin.named_parameters(remove_duplicate=names is None)):
+        if names is None or name in names:
+            owner, _, last = name.rpartition(".")
+            parent = twin.get_submodule(owner) if owner else twin
+            copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+            setattr(parent, last, nn.Parameter(copy, requires_grad=tensor.requires_grad))
     return twin
 
 

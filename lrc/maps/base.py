@@ -98,6 +98,11 @@ class LinearMap(nn.Module):
         """Return an output of the map with `bias` (out_features,) added."""
         return y if bias is None else y + self.along_features(bias)
 
+    def added(self, x: Tensor, bias: Tensor | None, spatial: int, context: Mapping[str, Any]) -> Tensor:
+        """Apply the map and add `bias` besides; with rounding once, where the map can."""
+        y: Tensor = self(x, **context)
+        return y if bias is None else y + over(bias, spatial)
+
     def set_bias(self, bias: Tensor | None) -> None:
         """Make `bias` (out_features,), or none, what is added last."""
         self.register_parameter("bias", None if bias is None else as_parameter(bias))
@@ -160,8 +165,7 @@ def apply_slot(slot: Slot, x: Tensor, bias: Tensor | None, context: Mapping[str,
     """Apply a slot to what has its features before `spatial` more dimensions, and add `bias`."""
     if not isinstance(slot, LinearMap):
         return F.linear(x, slot, bias)
-    y: Tensor = slot(x, **context)
-    return y if bias is None else y + over(bias, spatial)
+    return slot.added(x, bias, spatial, context)
 
 
 def over(vector: Tensor, spatial: int) -> Tensor:

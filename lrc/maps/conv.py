@@ -5,7 +5,7 @@ So it is a `LinearMap` whose `in_features` is the size of a patch; `forward` tak
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -73,6 +73,10 @@ class Conv(LinearMap):
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (batch, channels, *sizes)."""
         return self.geometry(x, self.weight, self.bias)
+
+    def added(self, x: Tensor, bias: Tensor | None, spatial: int, context: Mapping[str, Any]) -> Tensor:
+        """Apply the convolution with `bias` for its own, where it has none."""
+        return self.geometry(x, self.weight, bias) if self.bias is None else super().added(x, bias, spatial, context)
 
     def exact(self) -> Affine:
         """Return the matrix of patches (out_channels, patch) and the bias in float64."""

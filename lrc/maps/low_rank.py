@@ -53,7 +53,7 @@ def _cut(made: Chain) -> Factors | None:
         made, opened = opened, drop_closed_gates(opened)
     parts = made.exact_parts()
     widths = [slot_shape(slot)[0] for slot in made.slots[1:]]
-    if not widths or min(widths) > min(made.out_features, made.in_features):
+    if not widths:
         return None
     at = 1 + widths.index(min(widths))
     B, A = _product([part.weight for part in parts[:at]]), _product([part.weight for part in parts[at:]])

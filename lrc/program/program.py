@@ -214,7 +214,7 @@ class Program:
         """Return the hash of the graph and of every number in it, 64 hexadecimal digits."""
         sha = hashlib.sha256(str(self).encode())
         for name, tensor in self.tensors().items():
-            data = tensor.detach().cpu().contiguous()
+            data = tensor.new_empty(tensor.shape, device="cpu").copy_(tensor.detach())  # a single number may have any stride
             sha.update(f"{name}:{data.dtype}:{tuple(data.shape)};".encode())
             if data.numel():
                 sha.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]  # a buffer

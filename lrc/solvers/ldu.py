@@ -5,8 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TINY = 1e-12  # of the largest pivot: a row of U divided by less would be noise
-
 
 class Ldu(NamedTuple):
     """The first r terms of W[order] = L diag(d) U.
@@ -30,8 +28,9 @@ class Ldu(NamedTuple):
 def ldu(weight: Tensor, rank: int) -> Ldu:
     """Return the first `rank` terms of the pivoted LU decomposition of weight (out_features, in_features), in float64.
 
-    The product is no best approximation of its rank: it equals the weight in its first `rank` columns and its first `rank`
-    pivot rows. Source: Golub & Van Loan (2013), section 3.4; as an adapter: LoLDU (2024), arXiv:2410.13618.
+    A pivot is tiny where rounding in the weight's own dtype can have made it. The product is no best approximation of its
+    rank: it equals the weight in its first `rank` columns and its first `rank` pivot rows.
+    Source: Golub & Van Loan (2013), section 3.4; as an adapter: LoLDU (2024), arXiv:2410.13618.
     """
     packed, pivots, _ = torch.linalg.lu_factor_ex(weight.double().cpu())
     order = list(range(weight.shape[0]))
@@ -41,6 +40,7 @@ def ldu(weight: Tensor, rank: int) -> Ldu:
     L.diagonal().fill_(1)
     U = packed[:rank].triu()
     d = U.diagonal().clone()
-    tiny = d.abs() <= TINY * packed.diagonal().abs().max()
+    noise = 8 * max(weight.shape) * torch.finfo(weight.dtype).eps  # of the largest pivot
+    tiny = d.abs() <= noise * packed.diagonal().abs().max()
     d[tiny] = 1
     return Ldu(torch.tensor(order), L, d, U / d[:, None], not bool(tiny.any()))

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, model_validator
 
 from lrc.initialisers import InitialiserOptions
+from lrc.program import Site
 from lrc.ranks import Choice, FixedRank, RankField, SiteCurve, allocate_ranks
 from lrc.run import AdapterOptions, PassOptions
 from lrc.solvers import Need
@@ -72,6 +73,10 @@ class Adapt(PassOptions):
         if self.rank is not None and not (self.rank.by_shape or self.rank.by_scores):
             raise ValueError("an adapter's rank is a whole number, {fraction: …}, {breakeven: …} or {contribution: …}")
         return self
+
+    def obstacle_at(self, site: Site) -> str | None:
+        """Return None: the method says what it can do at a site of this rank."""
+        return None
 
     @property
     def start(self) -> InitialiserOptions | None:

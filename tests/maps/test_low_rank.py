@@ -65,11 +65,9 @@ def test_the_factors_stand_for_the_same_weight_and_bias(name: str) -> None:
 
 
 def test_what_is_no_product_has_no_factors() -> None:
-    wide = Chain(randn(3, 9, seed=0), randn(9, 4, seed=1))
     bent = Bottleneck(randn(4, 1, seed=0), randn(1, 4, seed=1))
     for made in (
         Dense(randn(4, 4, seed=0)),
-        wide,
         bent,
         Sum(randn(4, 4, seed=0), Chain(randn(4, 1, seed=1), randn(1, 4, seed=2))),
     ):

@@ -26,6 +26,7 @@ class Flora(AdapterOptions):
     kernel_rank: int = Field(default=2, ge=1, description="Rank of every dimension of a kernel.")
     default_alpha: ClassVar[float | None] = None
     default_init: ClassVar[InitialiserOptions | None] = None
+    grouped: ClassVar[bool] = True
 
     def scaling(self, rank: int, alpha: float | None) -> float:
         """Return alpha itself: the authors scale by a constant, whatever the rank."""

@@ -49,7 +49,7 @@ def loldu(place: Place, options: Loldu) -> LinearMap:
     """
     site = place.site
     table = site.kind == "embedding"
-    found = sizes_only(site, place.rank) if place.planning else ldu(turned(site.map.exact().weight, table), place.rank)
+    found = sizes_only(site, place.rank) if place.planning else ldu(turned(site.map.dense().weight, table), place.rank)
     dtype, spatial = site.dtype, site.layout.spatial
     d = found.d.to(dtype)
     z = started(d, options.z_init, place.generator)
