@@ -16,9 +16,10 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
     """Return a module tree like `model`'s with the program's maps at their places.
 
     The tree is new, its tensors are not: everything that no pass touched is shared with `model`, and the maps are those of
-    the program, so training one view trains the other. `model` itself is not changed. `nn.MultiheadAttention`, which calls
-    its weights by itself, is replaced as a whole. A head that was tied to an embedding and got a map of its own is untied in
-    the config. Raises LowerError for a site that has no module in `model`.
+    the program, so training one view trains the other; where the program is frozen but for adapters, so is the tree. `model`
+    itself is not changed. `nn.MultiheadAttention`, which calls its weights by itself, is replaced as a whole. A head that was
+    tied to an embedding and got a map of its own is untied in the config. Raises LowerError for a site that has no module in
+    `model`.
     """
     source = program.origin.model if model is None else model
     if source is None:
@@ -28,7 +29,7 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
     if program.inserted:
         name, reason = next(iter(program.inserted.items()))
         raise LowerError(name, message=reason, hint="Use `.module`, or export `format: onnx` or `pt2`")
-    twin = share(source)
+    twin = share(source, frozen=program.frozen)
     for fqn, norm in program.modules.items():
         _put(twin, fqn, norm)
     for fqn in program.maps:
@@ -72,9 +73,12 @@ def share_factors(model: nn.Module, shared: Mapping[str, str]) -> None:
             setattr(model, attribute, {**(getattr(model, attribute) or {}), **shared})
 
 
-def share(model: nn.Module) -> nn.Module:
-    """Return a copy of a module tree whose parameters and buffers are those of the original."""
-    memo: dict[int, Any] = {id(t): t for t in model.parameters()}
+def share(model: nn.Module, *, frozen: bool = False) -> nn.Module:
+    """Return a copy of a module tree whose parameters and buffers are those of the original.
+
+    frozen: parameters share their memory with those of the original alone, and are not trained.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) if frozen else p for p in model.parameters()}
     memo |= {id(t): t for t in model.buffers()}
     return copy.deepcopy(model, memo)
 

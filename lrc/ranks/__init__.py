@@ -34,6 +34,7 @@ from lrc.ranks.budgets import (
     size_mb,
 )
 from lrc.ranks.candidates import Budget, Candidates, Offer, Unit
+from lrc.ranks.contribution import Contribution, ContributionRank, contribution
 from lrc.ranks.joint import GroupCurve, measured_of
 from lrc.ranks.learned import LearnedAllocation
 from lrc.ranks.mixed import MixedCurve
@@ -58,6 +59,7 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
     flops_kept,
     latency_kept,
     latency_ms,
+    contribution,
 )
 
 
@@ -124,6 +126,8 @@ __all__ = [
     "Budget",
     "Candidates",
     "Choice",
+    "Contribution",
+    "ContributionRank",
     "EnergyRank",
     "FixedRank",
     "FlopsKept",
@@ -147,6 +151,7 @@ __all__ = [
     "Unit",
     "allocate_ranks",
     "choose",
+    "contribution",
     "measured_of",
     "measured_ranks",
     "product_size",

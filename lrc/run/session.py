@@ -36,7 +36,8 @@ class Session:
     """The shared state of one run.
 
     batches: makes the calibration batches, called at most once and only when a statistic is needed; has_data: whether there
-    are any. notices: what the plan should mention beside the decisions (shadowed patterns, how a budget was shared).
+    are any. memo: what passes measured by other ways than moments, by digest. notices: what the plan should mention beside the
+    decisions (shadowed patterns, how a budget was shared).
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Session:
         self.spec_path = spec_path
         self.shadowed: list[str] = []
         self.notices: list[str] = []
+        self.memo: dict[str, Any] = {}
         self.has_data = has_data
         self._make_batches = batches
         self._batches: Batches | None = None
