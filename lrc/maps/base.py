@@ -91,7 +91,7 @@ class LinearMap(nn.Module):
         return next(t.dtype for t in self.parameters() if t.is_floating_point())
 
     @property
-    def packed(self) -> int:
+    def packed_numbers(self) -> int:
         """How many numbers the map itself stores in another way than as floating tensors, fewer the tensors of their scales."""
         return 0
 
