@@ -6,10 +6,10 @@ from lrc.errors import UsageError
 from lrc.measure import Cache, spectrum, stable_rank
 from lrc.program import Program
 from lrc.spec.load import preset_names
-from lrc.spec.registry import EXPORTERS, METRICS, PASSES, RANKS, SOLVERS, Registry
+from lrc.spec.registry import EXPORTERS, METRICS, OPTIMIZERS, PASSES, RANKS, SOLVERS, Registry
 
 REGISTRIES: dict[str, Registry] = {
-    "passes": PASSES, "solvers": SOLVERS, "ranks": RANKS, "metrics": METRICS, "exports": EXPORTERS,
+    "passes": PASSES, "solvers": SOLVERS, "ranks": RANKS, "optimizers": OPTIMIZERS, "metrics": METRICS, "exports": EXPORTERS,
 }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def site_rows(program: Program, cache: Cache | None = None) -> list[dict[str, An
 def names(kind: str | None = None) -> dict[str, list[str]]:
     """Return the known names by kind. Raises UsageError for an unknown kind."""
     found = {key: registry.names() for key, registry in REGISTRIES.items()}
-    found |= {"adapters": [], "initialisers": [], "optimizers": [], "recipes": [], "presets": preset_names()}
+    found |= {"adapters": [], "initialisers": [], "recipes": [], "presets": preset_names()}
     if kind is None:
         return found
     if kind not in found:
