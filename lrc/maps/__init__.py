@@ -3,11 +3,13 @@
 from lrc.maps.base import Affine, Cost, LinearMap, Structure
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain, Geometry
+from lrc.maps.dropout import Dropout
 from lrc.maps.layouts import Indices, Layout, Patches, Rows, planned
-from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
+from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen, frozen_base
 from lrc.maps.lookup import Lookup
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.row_norm import RowNorm
 from lrc.maps.simplify import Folded, fold, simplify
 from lrc.maps.structure import pivoted_structure, restore
 
@@ -20,6 +22,7 @@ __all__ = [
     "Cost",
     "Dense",
     "Diagonal",
+    "Dropout",
     "Folded",
     "Geometry",
     "Indices",
@@ -29,12 +32,14 @@ __all__ = [
     "Patches",
     "Permutation",
     "Pivoted",
+    "RowNorm",
     "Rows",
     "Scale",
     "Structure",
     "Sum",
     "fold",
     "frozen",
+    "frozen_base",
     "permute_inputs",
     "permute_outputs",
     "pivoted_structure",

@@ -59,6 +59,10 @@ class LinearMap(nn.Module):
         weight, bias = self.exact()
         return Affine(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
+    def matrix(self) -> Tensor:
+        """Return the weight of `exact()` in the map's dtype and as a part of the autograd graph."""
+        raise TypeError(f"{type(self).__name__} has no dense form with a gradient")
+
     def cost(self, tokens: int = 1) -> Cost:
         """Return what the map stores, and its FLOPs for `tokens` rows (a multiply-add counts 2, an added bias 1)."""
         raise TypeError(f"{type(self).__name__} does not say what it costs")
@@ -76,6 +80,19 @@ class LinearMap(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the map's floating numbers."""
         return next(t.dtype for t in self.parameters() if t.is_floating_point())
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether the features of an output are its second dimension, as those of images are, and not the last one."""
+        return False
+
+    def along_features(self, vector: Tensor, y: Tensor) -> Tensor:
+        """Return a vector (out_features,) in a shape that meets the features of an output `y`."""
+        return vector.reshape(-1, *(1,) * (y.ndim - 2)) if self.channels_first else vector
+
+    def plus(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """Return an output of the map with `bias` (out_features,) added."""
+        return y if bias is None else y + self.along_features(bias, y)
 
     def set_bias(self, bias: Tensor | None) -> None:
         """Make `bias` (out_features,), or none, what is added last."""
@@ -135,7 +152,12 @@ def apply_slot(slot: Slot, x: Tensor, bias: Tensor | None, context: Mapping[str,
     if not isinstance(slot, LinearMap):
         return F.linear(x, slot, bias)
     y: Tensor = slot(x, **context)
-    return y if bias is None else y + bias
+    return slot.plus(y, bias)
+
+
+def slot_weight(slot: Slot) -> Tensor:
+    """Return the matrix that a slot stands for, in its own dtype and with its gradient."""
+    return slot.matrix() if isinstance(slot, LinearMap) else slot
 
 
 def slot_exact(slot: Slot) -> Affine:

@@ -22,6 +22,7 @@ from lrc.maps.base import (
     slot_exact,
     slot_shape,
     slot_structure,
+    slot_weight,
 )
 
 
@@ -50,6 +51,12 @@ class Composite(InParts):
     def cost(self, tokens: int = 1) -> Cost:
         """Return the sum over the parts."""
         return sum((slot_cost(slot, tokens) for slot in self.slots), self.bias_cost(tokens))
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether the outputs of the first part are images."""
+        first = self.slots[0]
+        return isinstance(first, LinearMap) and first.channels_first
 
     def structure(self) -> Structure:
         """Return the structures of the parts."""
@@ -103,6 +110,13 @@ class Chain(Composite):
             weight, bias = left @ weight, add(None if bias is None else left @ bias, own)
         return Affine(weight, add(bias, exact_bias(self.bias)))
 
+    def matrix(self) -> Tensor:
+        """Return the product."""
+        weight = slot_weight(self.slots[-1])
+        for slot in reversed(self.slots[:-1]):
+            weight = slot_weight(slot) @ weight
+        return weight
+
     def __repr__(self) -> str:
         if any(isinstance(slot, LinearMap) for slot in self.slots):
             return f"Chain({', '.join(_text(slot) for slot in self.slots)})"
@@ -140,6 +154,11 @@ class Sum(Composite):
             weight, bias = weight + more, add(bias, own)
         return Affine(weight, add(bias, exact_bias(self.bias)))
 
+    def matrix(self) -> Tensor:
+        """Return the sum."""
+        first, *rest = self.slots
+        return sum((slot_weight(slot) for slot in rest), slot_weight(first))
+
     def __repr__(self) -> str:
         return f"Sum({', '.join(_text(slot) for slot in self.slots)})"
 
@@ -164,8 +183,11 @@ class Scale(Composite):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
-        y = self.scale * apply_slot(self.slots[0], x, None, context)
-        return y if self.bias is None else y + self.bias
+        return self.plus(self.scale * apply_slot(self.slots[0], x, None, context), self.bias)
+
+    def matrix(self) -> Tensor:
+        """Return the scaled weight."""
+        return self.scale * slot_weight(self.slots[0])
 
     def exact(self) -> Affine:
         """Return the scaled weight and the bias in float64."""

@@ -73,6 +73,15 @@ class Conv(LinearMap):
         """Return the matrix of patches (out_channels, patch) and the bias in float64."""
         return Affine(self.weight.detach().double().flatten(1), exact_bias(self.bias))
 
+    def matrix(self) -> Tensor:
+        """Return the matrix of patches."""
+        return self.weight.flatten(1)
+
+    @property
+    def channels_first(self) -> bool:
+        """True: outputs are (batch, channels, *sizes)."""
+        return True
+
     def cost(self, tokens: int = 1) -> Cost:
         """Return the kernel's numbers, and 2 FLOPs for each of them at every one of `tokens` output positions."""
         size = self.weight.numel()
@@ -135,6 +144,15 @@ class ConvChain(InParts):
         """Return the matrix of patches (out_channels, patch) and the bias in float64."""
         return Affine(self._composed().flatten(1), exact_bias(self.bias))
 
+    def matrix(self) -> Tensor:
+        """Return the matrix of patches, (out_channels, patch)."""
+        return composed(self.kernels).flatten(1)
+
+    @property
+    def channels_first(self) -> bool:
+        """True: outputs are (batch, channels, *sizes)."""
+        return True
+
     def folded(self) -> Conv:
         """Return the one convolution that the chain stands for."""
         dims = range(len(self.geometries[0].stride))
@@ -169,14 +187,18 @@ class ConvChain(InParts):
         return cls(kernels, [Geometry.restored(data) for data in structure["geometries"]], bias)
 
     def _composed(self) -> Tensor:
-        """Return the product of the kernels in float64: channels contracted, spatial sizes side by side."""
-        composed = self.kernels[-1].detach().double()
-        for kernel in reversed(self.kernels[:-1]):
-            composed = _after(kernel.detach().double(), composed)
-        return composed
+        return composed([kernel.detach().double() for kernel in self.kernels])
 
     def __repr__(self) -> str:
         return f"ConvChain({', '.join(_sizes(kernel) for kernel in self.kernels)}){self.mark()}"
+
+
+def composed(kernels: Sequence[Tensor]) -> Tensor:
+    """Return the product of kernels, first the one that is applied last: channels contracted, spatial sizes side by side."""
+    product = kernels[-1]
+    for kernel in reversed(kernels[:-1]):
+        product = _after(kernel, product)
+    return product
 
 
 def _after(left: Tensor, right: Tensor) -> Tensor:

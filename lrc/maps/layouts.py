@@ -33,6 +33,9 @@ class Layout(Protocol):
     def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the tensor as a map; it shares its memory."""
 
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return the map of one matrix (out_features, in_features)."""
+
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the map of B @ A, B (out_features, rank), A (rank, in_features)."""
 
@@ -62,6 +65,10 @@ class Rows:
     def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
         """Return a dense map."""
         return Dense(stored.T if self.transposed else stored, bias)
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return a dense map."""
+        return Dense(weight, bias)
 
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return a chain of two matrices."""
@@ -96,6 +103,10 @@ class Patches:
     def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
         """Return one convolution."""
         return Conv(stored, self.geometry, bias)
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return one convolution."""
+        return Conv(weight.reshape(weight.shape[0], -1, *self.kernel), self.geometry, bias)
 
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return a convolution to `rank` channels with the whole kernel, and one of 1 x 1 after it."""
@@ -140,6 +151,10 @@ class Indices:
     def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the table as a map."""
         return Lookup(stored, self.padding_index, bias)
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return a table."""
+        return Lookup(weight.T.contiguous(), self.padding_index, bias)
 
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return a table of `rank` columns and a matrix after it."""

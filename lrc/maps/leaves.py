@@ -1,5 +1,6 @@
 """The maps that hold numbers and no other map: `Dense`, `Diagonal`, `Permutation`."""
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,10 @@ class Dense(LinearMap):
     def exact(self) -> Affine:
         """Return the weight and the bias in float64."""
         return Affine(self.weight.detach().double(), exact_bias(self.bias))
+
+    def matrix(self) -> Tensor:
+        """Return the weight."""
+        return self.weight
 
     def dense(self) -> Affine:
         """Return the weight and the bias themselves."""
@@ -70,6 +75,10 @@ class Diagonal(LinearMap):
     def exact(self) -> Affine:
         """Return the diagonal matrix and the bias in float64."""
         return Affine(torch.diag(self.diagonal.detach().double()), exact_bias(self.bias))
+
+    def matrix(self) -> Tensor:
+        """Return the diagonal matrix."""
+        return torch.diag(self.diagonal)
 
     def cost(self, tokens: int = 1) -> Cost:
         """Return n numbers and n FLOPs a token."""
@@ -145,3 +154,12 @@ class Permutation(LinearMap):
 def frozen(made: nn.Module) -> nn.Module:
     """Return the map with every parameter marked as not trained."""
     return made.requires_grad_(False)
+
+
+def frozen_base(made: LinearMap) -> LinearMap:
+    """Return the map without its bias and with nothing trained; it shares the memory of `made`, which stays as it is."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in made.parameters()}
+    memo |= {id(b): b for b in made.buffers()}  # type: ignore[misc]  # tensors both
+    twin: LinearMap = copy.deepcopy(made, memo)
+    twin.set_bias(None)
+    return twin

@@ -11,8 +11,10 @@ import torch
 from lrc.maps.base import Affine, Cost, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain
+from lrc.maps.dropout import Dropout
 from lrc.maps.leaves import Dense, Diagonal, Permutation
 from lrc.maps.lookup import Lookup, lookup_of
+from lrc.maps.row_norm import RowNorm
 
 
 class Folded(NamedTuple):
@@ -32,14 +34,28 @@ def fold(made: LinearMap) -> LinearMap:
     if isinstance(made, ConvChain):
         return made.folded()
     weight, bias = made.dense()
+    conv = conv_of(made)
+    if conv is not None:
+        return Conv(weight.reshape(conv.weight.shape), conv.geometry, bias)
     lookup = lookup_of(made)
     if lookup is not None:
         return Lookup(weight.T.contiguous(), lookup.padding_index, bias)
     return Dense(weight, bias)
 
 
+def conv_of(made: LinearMap) -> Conv | None:
+    """Return a convolution with the kernel size and geometry of what a map stands for, where that is a convolution."""
+    first: object = made
+    while isinstance(first, Composite):
+        first = first.slots[0]
+    return first.folded() if isinstance(first, ConvChain) else first if isinstance(first, Conv) else None
+
+
 def simplify(made: LinearMap) -> Folded:
     """Return the smallest equal map that the rules reach. A map that no rule fits comes back as the same object."""
+    whole = fold_adapters(made)
+    if whole is not None:
+        return Folded(whole, (f"fold adapters: {made!r} -> {whole!r}",))
     notes: list[str] = []
     while True:
         made, inside = simplify_parts(made)
@@ -67,7 +83,31 @@ def rebuilt(made: Composite, parts: list[Slot]) -> LinearMap:
     """Return the same composite over other parts."""
     if isinstance(made, Scale):
         return Scale(parts[0], made.scale, made.bias, made.names)
+    if isinstance(made, RowNorm):
+        return RowNorm(parts[0], made.magnitude, made.bias, made.names)
     return type(made)(*parts, bias=made.bias, names=made.names)
+
+
+def fold_adapters(made: LinearMap) -> LinearMap | None:
+    """Sum(Dense, Scale(Chain)) and the like -> Dense: the whole sum at once, rounded once, where one of its terms is dense.
+
+    The dense term makes what the sum stands for no larger. So for convolutions and embeddings, and inside a `RowNorm`.
+    """
+    if isinstance(made, RowNorm):
+        inner = made.slots[0]
+        dense = not isinstance(inner, LinearMap) or fold_adapters(inner) is not None or isinstance(inner, Dense | Conv | Lookup)
+        return fold(made) if dense else None
+    if not isinstance(made, Sum) or len(made.slots) < 2:
+        return None
+    dense = any(not isinstance(slot, LinearMap) or isinstance(slot, Dense | Conv | Lookup) for slot in made.slots)
+    return fold(made) if dense and has_dense(made) else None
+
+
+def has_dense(made: Slot) -> bool:
+    """Say whether a map stands for one weight: whether every part of it has a dense form."""
+    if not isinstance(made, LinearMap):
+        return True
+    return type(made).exact is not LinearMap.exact and all(has_dense(slot) for slot in getattr(made, "slots", ()))
 
 
 def flatten_nested(made: LinearMap) -> LinearMap | None:
@@ -111,13 +151,17 @@ def _scaled(made: Scale) -> LinearMap | None:
 
 
 def drop_identity(made: LinearMap) -> LinearMap | None:
-    """Leave out a permutation in its own order from a chain."""
+    """Leave out a permutation in its own order, and a dropout, from a chain."""
     if not isinstance(made, Chain) or len(made.slots) < 2:
         return None
-    kept = [slot for slot in made.slots if not (isinstance(slot, Permutation) and slot.is_identity())]
+    kept = [slot for slot in made.slots if not _is_identity(slot)]
     if len(kept) == len(made.slots):
         return None
     return Chain(*(kept or made.slots[:1]), bias=made.bias)
+
+
+def _is_identity(slot: Slot) -> bool:
+    return isinstance(slot, Dropout) or (isinstance(slot, Permutation) and slot.is_identity())
 
 
 def join_low_rank_terms(made: LinearMap) -> LinearMap | None:
@@ -180,6 +224,7 @@ def _combined(made: LinearMap, left: Slot, right: Slot) -> Affine:
 
 
 RULES: tuple[Rule, ...] = (
+    fold_adapters,
     flatten_nested,
     unwrap_single,
     absorb_scale,

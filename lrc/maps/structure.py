@@ -8,11 +8,13 @@ import torch
 from lrc.maps.base import LinearMap, Structure
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain
+from lrc.maps.dropout import Dropout
 from lrc.maps.leaves import Dense, Diagonal, Permutation
 from lrc.maps.lookup import Lookup
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.row_norm import RowNorm
 
-KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup)
+KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Dropout, RowNorm)
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 
 

@@ -91,7 +91,7 @@ class Walk(fx.Interpreter):
             self.read_by.setdefault(tap.reads, {})[source(tap)] = tap
         self.counted = {tap.gives: tap.layout for fqn in program.sites for tap in taps_of(program, fqn)}
         self.tokens = dict.fromkeys(self.counted, 0)
-        self.in_place = any(_is_in_place(node) for node in program.graph_module.graph.nodes)
+        self.in_place = any(is_in_place(node) for node in program.graph_module.graph.nodes)
         self.traced = traced_masks(program)
         self.masks: dict[str, Tensor] = {}
         self.given: dict[fx.Node, Tensor] = {}
@@ -216,7 +216,8 @@ def _added(tensors: Sequence[Tensor]) -> Tensor:
     return sum(tensors[1:], tensors[0])
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def is_in_place(node: fx.Node) -> bool:
+    """Say whether an operation overwrites what it is given."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 

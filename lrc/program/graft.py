@@ -15,7 +15,8 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
     """Return a module tree like `model`'s with the program's maps at their places.
 
     The tree is new, its tensors are not: everything that no pass touched is shared with `model`, and the maps are those of
-    the program, so training one view trains the other. `model` itself is not changed. A head that was tied to an embedding
+    the program, so training one view trains the other; where the program is frozen but for adapters, so is the tree. `model`
+    itself is not changed. A head that was tied to an embedding
     and got a map of its own is untied in the config. Raises LowerError for a site that has no module in `model`.
     """
     source = program.origin.model if model is None else model
@@ -23,7 +24,7 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
         raise LowerError(
             program.origin.name, message="there is no module to graft into", hint="Give the module, or use `.module`"
         )
-    twin = share(source)
+    twin = share(source, frozen=program.frozen)
     for fqn in program.maps:
         site = program.site(fqn)
         if not site.has_module:
@@ -37,12 +38,31 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
         if site.tied:
             untie(twin)
     forget_ties(twin)
+    _put_changed(program, twin)
     return twin
 
 
-def share(model: nn.Module) -> nn.Module:
-    """Return a copy of a module tree whose parameters and buffers are those of the original."""
-    memo: dict[int, Any] = {id(t): t for t in model.parameters()}
+def _put_changed(program: Program, model: nn.Module) -> None:
+    """Give a tree the trained tensors that stand in no map, under every name that they have."""
+    tensors = program.tensors()
+    for name in sorted(program.changed & tensors.keys()):
+        for alias in program.names.ties(name) or (name,):
+            owner, _, last = alias.rpartition(".")
+            try:
+                module = model.get_submodule(owner)
+            except AttributeError:
+                continue  # a map stands at this place now
+            held = module._parameters if last in module._parameters else module._buffers
+            if last in held:
+                held[last] = tensors[name]  # type: ignore[assignment]  # a parameter among parameters
+
+
+def share(model: nn.Module, *, frozen: bool = False) -> nn.Module:
+    """Return a copy of a module tree whose parameters and buffers are those of the original.
+
+    frozen: parameters share their memory with those of the original alone, and are not trained.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) if frozen else p for p in model.parameters()}
     memo |= {id(t): t for t in model.buffers()}
     return copy.deepcopy(model, memo)
 

@@ -21,7 +21,10 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
         made = pass_for(options)
         decided = list(made.plan(twin, session, options, index))
         last = index == len(passes) - 1
-        if last:
+        if not options.structural:
+            if not last:
+                session.notices.append(f"passes after `{options.type}` are planned on the values before it")
+        elif last:
             saved = difference(twin, decided)
         else:
             decided = list(made.apply(twin, session, options, decided))
@@ -35,6 +38,8 @@ def run_passes(program: Program, passes: Sequence[Any], session: Session) -> Pla
     """Rewrite `program` as the passes decide; return the plan as it was carried out."""
     before = program.size()
     decisions: list[Decision] = []
+    if any(options.looks_back for options in passes):
+        session.original = program.clone()
     for index, options in enumerate(passes):
         made = pass_for(options)
         decided = made.plan(program, session, options, index)

@@ -1,6 +1,8 @@
 """The rewriting rules that come with lrc. A third-party pass enters by the same door, the entry points `lrc.passes`."""
 
+from lrc_passes.adapt import AdaptPass
 from lrc_passes.factorize import factorize
 from lrc_passes.merge import merge
+from lrc_passes.train import TrainPass
 
-BUILTIN = (factorize, merge)
+BUILTIN = (AdaptPass, factorize, merge, TrainPass)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lrc.train.optim.base import Trained
+
 
 class PerLayer(Optimizer):
     """One optimiser for every parameter, run by a hook after its gradient is accumulated.
@@ -23,6 +25,17 @@ class PerLayer(Optimizer):
         self.optimizers = [make([group]) for group in alone]
         self.param_groups = [group for inner in self.optimizers for group in inner.param_groups]
         self._hooks = [self._watch(inner) for inner in self.optimizers]
+
+    @classmethod
+    def of(cls, trained: Trained, make: Callable[[Trained], Optimizer]) -> "PerLayer":
+        """Return the same for an optimizer of the spec: every parameter alone is what `make` is given."""
+        named = {id(p): name for name, p in trained.parameters.items()}
+
+        def alone(groups: list[dict[str, Any]]) -> Optimizer:
+            name = named[id(groups[0]["params"][0])]
+            return make(Trained({name: trained.parameters[name]}, trained.gates))
+
+        return cls([{"params": list(trained.parameters.values())}], alone)
 
     def _watch(self, inner: Optimizer) -> Any:
         (p,) = inner.param_groups[0]["params"]
