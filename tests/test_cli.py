@@ -334,15 +334,17 @@ def test_report_writes_one_page_that_loads_nothing(finished: Finished, cli: Run,
 
 def test_list_names_everything_that_a_spec_may_use(cli: Run) -> None:
     found = cli("list", "--json").json
-    assert found["passes"] == ["factorize", "merge"]
+    assert found["passes"] == ["adapt", "factorize", "merge", "train"]
     assert {"kfac", "whitened", "svd", "afm", "lord", "gram"} <= set(found["solvers"])
     assert {"params_kept", "energy", "fraction", "breakeven", "rank"} <= set(found["ranks"])
     assert found["metrics"] == ["accuracy", "generation", "kl", "perplexity", "python", "spearman"]
     assert found["exports"] == ["aoti", "hf", "onnx", "pt2", "torch_compile"]
     assert "kfac" in found["presets"]
-    for kind in ("adapters", "initialisers", "optimizers", "recipes"):
+    for kind in ("adapters", "initialisers", "recipes"):
         assert isinstance(found[kind], list)
-    assert cli("list", "passes").out == "passes: factorize, merge\n"
+    assert {"adamw", "fira", "galore", "proximal_adamw", "riemannian_adamw"} <= set(found["optimizers"])
+    assert {"causal_lm", "classification", "cosine", "distillation", "reconstruction"} <= set(found["objectives"])
+    assert cli("list", "passes").out == "passes: adapt, factorize, merge, train\n"
 
 
 def test_schema_prints_the_schema_of_the_spec(cli: Run) -> None:

@@ -111,10 +111,11 @@ def _in_training(program: Program, model: nn.Module) -> fx.Graph:
     model.train()
     try:
         with torch.no_grad():
-            return torch.export.export(model, (), kwargs=kwargs, dynamic_shapes=shapes, strict=False).graph
+            exported = torch.export.export(model, (), kwargs=kwargs, dynamic_shapes=shapes, strict=False)
     finally:
         for module, mode in modes.items():
             module.training = mode
+    return exported.module(check_guards=False).graph
 
 
 def _attentions(graph: fx.Graph) -> Iterator[fx.Node]:

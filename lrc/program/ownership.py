@@ -25,7 +25,7 @@ def own(program: Program, trained: Collection[str], updated: Collection[str] = (
             memo[id(tensor)] = tensor.detach().clone() if name in updated else tensor
     for old in program.originals.values():
         memo.setdefault(id(old), old)  # a weight whose place a map has taken
-    program.graph_module = copy.deepcopy(program.graph_module, memo)  # type: ignore[arg-type]  # of objects by id
+    program.graph_module = copy.deepcopy(program.graph_module, memo)
     program.__dict__.pop("nodes", None)
     for fqn in program.maps:
         first = program.site(fqn).uses[0].module

@@ -1,4 +1,4 @@
-"""The training loop: batches, losses, steps, validation, checkpoints. Random numbers follow from the seed and the step alone."""
+"""The training loop: batches, losses, steps, validation, checkpoints. Random numbers follow from seed and step alone."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -89,7 +89,7 @@ class Loop:
         per_epoch = len(self.batches_of(0))
         if per_epoch == 0:
             raise DataError(
-                "train.data", expected=f"at least one batch, {self.settings.batch_size} samples (of one length, without a mask)",
+                "train.data", expected=f"at least one batch, {self.settings.batch_size} samples (without a mask of one length)",
                 got=str(len(self.examples)), hint="Lower `batch_size`, or give more data",
             )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
@@ -184,7 +184,8 @@ class Loop:
         if self.validation is None or self.validation.patience is None or self.best is None:
             return False
         measured = [row["step"] for row in self.history if "validation" in row]
-        return sum(step > self.best["step"] for step in measured) >= self.validation.patience
+        best: float = self.best["step"]
+        return sum(step > best for step in measured) >= self.validation.patience
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return copies of everything that training changes in the model."""

@@ -12,13 +12,12 @@ def tapped(program: Program, graph_module: fx.GraphModule, fqns: list[str]) -> t
 
     graph_module: of `program`, or of its training mode. A site that is used more than once gives one output a use.
     """
-    made = fx.GraphModule(graph_module, fx.Graph())
+    graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    outputs = made.graph.graph_copy(graph_module.graph, copied)
+    outputs = graph.graph_copy(graph_module.graph, copied)
     assert isinstance(outputs, Mapping), "a program returns a mapping"
     nodes = {node.name: copied[node] for node in graph_module.graph.nodes if node in copied}
     taps = {f"{fqn}#{use.node}": nodes[use.node] for fqn in fqns for use in program.site(fqn).uses}
-    made.graph.output({**outputs, **taps})
-    made.graph.lint()
-    made.recompile()
-    return made, tuple(taps)
+    graph.output({**outputs, **taps})
+    graph.lint()
+    return fx.GraphModule(graph_module, graph), tuple(taps)

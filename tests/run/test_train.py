@@ -28,7 +28,7 @@ def train(data: Path | None, objective: Any = "distillation", **options: Any) ->
     """Return the pass with a few steps."""
     given = {"steps": 6, "batch_size": 8, "optimizer": {"type": "adamw", "lr": 1e-2}, "schedule": "constant"}
     where = {} if data is None else {"data": str(data)}
-    return {"type": "train", "objective": objective, **where, **given, **options}
+    return {"type": "train", "objective": objective, **where, **given, **options}  # type: ignore[dict-item]  # any options
 
 
 def compiled(model: Any, cache: Path, *passes: Mapping[str, Any], task: str | None = None, **options: Any) -> Compiled:
@@ -48,8 +48,10 @@ def test_distillation_brings_a_compressed_model_back_towards_the_dense_one(bert:
     passes = (FACTORIZE, train(data / "calib.txt", steps=40))
     made = compiled(str(bert), tmp_path, *passes, task="sentence-similarity")
     assert sum(losses(made)[-5:]) < 0.4 * sum(losses(made)[:5])
-    (before, after) = (made.dense.tensors(), made.program.tensors())
-    assert all(torch.equal(after[name], t) for name, t in before.items() if name in after)
+    before = made.dense.tensors()
+    kept = {name: t for name, t in made.program.tensors().items() if name in before and not t.requires_grad}
+    assert "embeddings.LayerNorm.weight" in kept
+    assert all(torch.equal(before[name], t) for name, t in kept.items())
     assert all(d.before == d.after or d.type == "factorize" for d in made.plan.decisions)
     assert made.plan.notes[-1].startswith("train: 40 steps, loss ")
     assert sum(d.type == "train" for d in made.plan.decisions) == 6
@@ -61,11 +63,11 @@ def test_the_captured_module_and_programs_that_share_its_tensors_keep_their_valu
     program = lrc.capture(model, {"x": x})
     squeezed = lrc.compile(program, {"version": 1, "passes": [SQUEEZE]}, cache=tmp_path)
     factors = weights(squeezed)
-    options = train(Path("tiny:calibration_of_mlp"), parameters="all")
+    options = train(Path("tiny:calibration_of_mlp"), parameters="all", batch_size=32, steps=40)
     made = compiled(squeezed.program, tmp_path, options, allow_code=True)
     assert losses(made)[0] == pytest.approx(0.0, abs=1e-9)  # the program before the passes is the teacher
     made = compiled(program, tmp_path, SQUEEZE, options, allow_code=True)
-    assert losses(made)[-1] < losses(made)[0]
+    assert losses(made)[-1] < 0.8 * losses(made)[0]
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert all(torch.equal(a, factors[name]) for name, a in squeezed.program.tensors().items())
 
@@ -86,7 +88,7 @@ def test_training_the_program_is_training_the_grafted_module(bert: Path, data: P
 
 
 def test_lora_trains_its_factors_alone_and_merges(llama: Path, data: Path, tmp_path: Path) -> None:
-    learn = train(data / "stream.txt", "causal_lm", data={"dataset": str(data / "stream.txt"), "max_length": 16}, steps=30)
+    learn = train(None, "causal_lm", steps=30) | {"data": {"dataset": str(data / "stream.txt"), "max_length": 16}}
     made = compiled(str(llama), tmp_path, LORA, learn)
     assert losses(made)[-1] < 0.9 * losses(made)[0]
     names = {n for n, p in made.program.graph_module.named_parameters() if p.requires_grad}
