@@ -9,8 +9,10 @@ from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen, frozen_base
 from lrc.maps.lookup import Lookup
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.quantized import Quantized
 from lrc.maps.row_norm import RowNorm
-from lrc.maps.simplify import Folded, fold, simplify
+from lrc.maps.simplify import Folded, fold, rebuilt, simplify
+from lrc.maps.sparse import Sparse
 from lrc.maps.structure import pivoted_structure, restore
 
 __all__ = [
@@ -32,9 +34,11 @@ __all__ = [
     "Patches",
     "Permutation",
     "Pivoted",
+    "Quantized",
     "RowNorm",
     "Rows",
     "Scale",
+    "Sparse",
     "Structure",
     "Sum",
     "fold",
@@ -44,6 +48,7 @@ __all__ = [
     "permute_outputs",
     "pivoted_structure",
     "planned",
+    "rebuilt",
     "restore",
     "simplify",
 ]

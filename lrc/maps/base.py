@@ -94,6 +94,11 @@ class LinearMap(nn.Module):
         """Return an output of the map with `bias` (out_features,) added."""
         return y if bias is None else y + self.along_features(bias, y)
 
+    @property
+    def packed(self) -> int:
+        """How many numbers the map itself stores in another way than as floating tensors, fewer the tensors of their scales."""
+        return 0
+
     def set_bias(self, bias: Tensor | None) -> None:
         """Make `bias` (out_features,), or none, what is added last."""
         self.register_parameter("bias", None if bias is None else as_parameter(bias))

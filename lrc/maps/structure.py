@@ -12,9 +12,13 @@ from lrc.maps.dropout import Dropout
 from lrc.maps.leaves import Dense, Diagonal, Permutation
 from lrc.maps.lookup import Lookup
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.quantized import Quantized
 from lrc.maps.row_norm import RowNorm
+from lrc.maps.sparse import Sparse
 
-KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Dropout, RowNorm)
+KINDS = (
+    Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Dropout, RowNorm, Quantized, Sparse,
+)  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 
 

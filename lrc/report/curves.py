@@ -9,7 +9,7 @@ POINTS = 400  # more than that cannot be told apart at this width
 
 
 def curve(run: Mapping[str, Any]) -> list[str]:
-    """Return a title and a plot of one training run: the loss as a line, figures of validation as dots on a scale of their own."""
+    """Return a title and a plot of one training run: the loss as a line, validation as dots on a scale of their own."""
     history = run["history"]
     title = f"Training: {run['objective']} by {run['optimizer']}, {run['steps']} steps, {run['parameters']} numbers"
     if not history:

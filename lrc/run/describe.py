@@ -17,12 +17,14 @@ from lrc.spec.registry import (
     RANKS,
     RECIPES,
     SOLVERS,
+    SPLITTERS,
     Registry,
 )
 
 REGISTRIES: dict[str, Registry] = {
-    "passes": PASSES, "solvers": SOLVERS, "ranks": RANKS, "adapters": ADAPTERS, "initialisers": INITIALISERS,
-    "optimizers": OPTIMIZERS, "objectives": OBJECTIVES, "recipes": RECIPES, "metrics": METRICS, "exports": EXPORTERS,
+    "passes": PASSES, "solvers": SOLVERS, "splitters": SPLITTERS, "ranks": RANKS, "adapters": ADAPTERS,
+    "initialisers": INITIALISERS, "optimizers": OPTIMIZERS, "objectives": OBJECTIVES, "recipes": RECIPES,
+    "metrics": METRICS, "exports": EXPORTERS,
 }  # fmt: skip
 
 

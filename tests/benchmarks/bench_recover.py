@@ -2,8 +2,8 @@
 
     LRC_SHARED_DATA=... python tests/benchmarks/bench_recover.py --kept 0.3 --steps 600 --lr 5e-4
 
-Prints JSON: Spearman on STS-B dev before and after the training, its losses, and how long it took. The sentences are those of the
-train split, without their scores; dev is read for the figure alone.
+Prints JSON: Spearman on STS-B dev before and after the training, its losses, and how long it took. The sentences are those
+of the train split, without their scores; dev is read for the figure alone.
 """
 
 import argparse
@@ -36,7 +36,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         data = str(sentences(Path(name)))
         squeeze = {
-            "type": "factorize", "targets": LAYERS, "solver": "kfac", "rank": {"params_kept": options.kept}, "form": "two_factor",
+            "type": "factorize", "targets": LAYERS, "solver": {"type": "kfac", "fisher": "outputs"},
+            "rank": {"params_kept": options.kept}, "form": "two_factor",
         }  # fmt: skip
         calibration = {"dataset": data, "samples": 256, "max_length": 128, "seed": options.seed}
         spec = {"version": 1, "calibration": calibration, "passes": [squeeze]}

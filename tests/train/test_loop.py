@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,6 @@ def test_a_schedule_rises_to_one_and_falls_to_its_end(kind: Any) -> None:
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == factors[10] == 1.0
     assert factors[100] == pytest.approx(1.0 if kind == "constant" else 0.25)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
     with pytest.raises(ValueError, match="not both"):
         Schedule(warmup_ratio=0.1, warmup_steps=3)
