@@ -14,6 +14,7 @@ from lrc.data import Batch
 from lrc.errors import DataError, TrainError
 from lrc.train.checkpoint import Checkpoints
 from lrc.train.data import Examples
+from lrc.train.recipes.base import Recipe
 from lrc.train.schedule import Schedule
 
 GROWTH = 1000.0  # times the first loss (or 1, if that is more): the run has diverged
@@ -73,6 +74,7 @@ class Loop:
     checkpoints: Checkpoints
     validation: Validation | None = None
     in_backward: bool = False
+    recipe: Recipe = field(default_factory=Recipe)
     report: Callable[[int, int], None] = lambda done, total: None
     history: list[Row] = field(default_factory=list)
     best: dict[str, Any] | None = None
@@ -122,6 +124,7 @@ class Loop:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.module.train()
+        self.recipe.before(done)
         total = 0.0
         for micro in range(done * settings.accumulate, (done + 1) * settings.accumulate):
             epoch, place = divmod(micro, per_epoch)
@@ -131,10 +134,11 @@ class Loop:
             torch.manual_seed(seed)
             with autocast(self.parameters, settings.bfloat16):
                 loss = self.losses(batch, torch.Generator().manual_seed(seed)) / settings.accumulate
+            penalty = self.recipe.penalty() if micro == done * settings.accumulate else None
             total += float(loss.detach())
             if not math.isfinite(total):
                 raise self.failure(done, f"the loss is {total}")
-            loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+            (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
         first = self.history[0]["loss"] if self.history else total
         if total > GROWTH * max(first, 1.0):
             raise self.failure(done, f"the loss has grown from {first:.4g} to {total:.4g}")
@@ -143,6 +147,7 @@ class Loop:
             row["grad_norm"] = self.clipped(done)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        self.recipe.after(done)
         return row
 
     def clipped(self, done: int) -> float:
@@ -198,6 +203,7 @@ class Loop:
         """Return everything that the rest of the run depends on, as plain data and tensors."""
         return {
             "step": done, "optimizer": self.optimizer.state_dict(), "history": self.history, "best": self.best,
+            "recipe": self.recipe.state(),
             **self.tensors(),
         }  # fmt: skip
 
@@ -208,6 +214,7 @@ class Loop:
             return 0
         self.load(found["parameters"], found["buffers"])
         self.optimizer.load_state_dict(found["optimizer"])
+        self.recipe.load(found["recipe"])
         self.history, self.best = list(found["history"]), found["best"]
         return int(found["step"])
 

@@ -23,13 +23,14 @@ from lrc.run import Decision, PassOptions, Session, program_pass
 from lrc.run.selection import select_sites
 from lrc.run.summary import summarize
 from lrc.spec.base import SpecModel
-from lrc.spec.registry import METRICS, OBJECTIVES, OPTIMIZERS, Registered
+from lrc.spec.registry import METRICS, OBJECTIVES, OPTIMIZERS, RECIPES, Registered
 from lrc.train.checkpoint import Checkpoints
 from lrc.train.data import DataField, Examples, load_examples, of_batches
 from lrc.train.loop import Loop, Settings
 from lrc.train.objectives import ObjectiveOptions
 from lrc.train.optim import OptimizerOptions, PerLayer
 from lrc.train.optim.adamw import AdamWOptions
+from lrc.train.recipes import Context, Recipe, RecipeOptions
 from lrc.train.schedule import Schedule, ScheduleField
 from lrc.train.select import Which, as_trained, trained_names
 from lrc_passes.train_run import Judge, Runs
@@ -86,6 +87,9 @@ class Train(PassOptions):
     )
     seed: int = Field(default=0, ge=0, description="Of the order of the data, dropout and all else.")
     checkpoint_every: int = Field(default=100, ge=1, description="Steps between two checkpoints.")
+    recipe: Annotated[RecipeOptions | None, Registered(RECIPES, optional=True)] = Field(
+        default=None, description="A method that hangs on training: a name, or a mapping with `type`."
+    )
     validation: ValidationSpec | None = Field(default=None, description="How it is judged on the way; the best state is kept.")
     structural: ClassVar[bool] = False
     looks_back: ClassVar[bool] = True
@@ -153,6 +157,13 @@ class TrainPass:
             optimizer: Any = PerLayer.of(trained, lambda part: make(part, options.optimizer))
         else:
             optimizer = make(trained, options.optimizer)
+        recipe = Recipe()
+        if options.recipe is not None:
+            about = Context(
+                program, [d.sites[0] for d in decisions], parameters, runs.gates, optimizer, steps,
+                max(1, per_epoch // options.accumulate), options.seed,
+            )  # fmt: skip
+            recipe = RECIPES.for_options(options.recipe)(about, options.recipe)
         loop = Loop(
             module=runs.student, parameters=parameters, buffers={n: program.tensors()[n] for n in sorted(statistics)},
             examples=examples, losses=runs.loss, optimizer=optimizer,
@@ -162,10 +173,11 @@ class TrainPass:
                 checkpoint_every=options.checkpoint_every,
             ),
             checkpoints=Checkpoints(session.cache.folder / "train" / key[:32]),
-            validation=validation_of(program, session, options, runs), in_backward=options.per_layer,
+            validation=validation_of(program, session, options, runs), in_backward=options.per_layer, recipe=recipe,
             report=lambda done, total: session.progress("train", done, total),
         )  # fmt: skip
         history = loop.run()
+        session.notices += [f"train: {note}" for note in recipe.finish()]
         session.training.append(record(options, names, parameters, history, loop))
         session.notices.append(f"train: {told(loop, history)}")
         return [
