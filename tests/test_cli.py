@@ -334,14 +334,16 @@ def test_report_writes_one_page_that_loads_nothing(finished: Finished, cli: Run,
 
 def test_list_names_everything_that_a_spec_may_use(cli: Run) -> None:
     found = cli("list", "--json").json
-    assert {"adapt", "factorize", "load_adapter", "merge", "quantize", "slice", "split"} <= set(found["passes"])
+    assert {"adapt", "factorize", "load_adapter", "merge", "quantize", "slice", "split", "train"} <= set(found["passes"])
     assert {"kfac", "whitened", "svd", "afm", "lord", "gram"} <= set(found["solvers"])
     assert {"params_kept", "energy", "fraction", "breakeven", "rank"} <= set(found["ranks"])
     assert found["metrics"] == ["accuracy", "generation", "kl", "perplexity", "python", "spearman"]
     assert found["exports"] == ["aoti", "hf", "onnx", "peft", "pt2", "torch_compile"]
     assert "kfac" in found["presets"]
-    for kind in ("adapters", "initialisers", "optimizers", "recipes"):
+    for kind in ("adapters", "initialisers", "recipes"):
         assert isinstance(found[kind], list)
+    assert {"adamw", "fira", "galore", "proximal_adamw", "riemannian_adamw"} <= set(found["optimizers"])
+    assert {"causal_lm", "classification", "cosine", "distillation", "reconstruction"} <= set(found["objectives"])
     assert cli("list", "passes").out.startswith("passes: ")
 
 

@@ -46,6 +46,7 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
             untie(twin)
     forget_ties(twin)
     share_factors(twin, shared_factors(program))
+    _put_changed(program, twin)
     return twin
 
 
@@ -71,6 +72,21 @@ def share_factors(model: nn.Module, shared: Mapping[str, str]) -> None:
     for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
         if shared and hasattr(model, attribute):
             setattr(model, attribute, {**(getattr(model, attribute) or {}), **shared})
+
+
+def _put_changed(program: Program, model: nn.Module) -> None:
+    """Give a tree the trained tensors that stand in no map, under every name that they have."""
+    tensors = program.tensors()
+    for name in sorted(program.changed & tensors.keys()):
+        for alias in program.names.ties(name) or (name,):
+            owner, _, last = alias.rpartition(".")
+            try:
+                module = model.get_submodule(owner)
+            except AttributeError:
+                continue  # a map stands at this place now
+            held = module._parameters if last in module._parameters else module._buffers
+            if last in held:
+                held[last] = tensors[name]  # type: ignore[assignment]  # a parameter among parameters
 
 
 def share(model: nn.Module, *, frozen: bool = False) -> nn.Module:

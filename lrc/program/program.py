@@ -56,7 +56,8 @@ class Program:
     graph_module: the graph; inputs: its examples and dynamic sizes; names: the stored tensors in model order; maps: what
     stands at the raised sites now, by site; made_by: the pass that put it there. modules: what else passes put in the place of
     a module of the user's (a norm), by its name. inserted: names of modules that have no place there, with the reason.
-    adapters: what is remembered of the adapters among them; frozen: nothing but adapters is trained.
+    adapters: what is remembered of the adapters among them; frozen: nothing but adapters is trained; changed: names of
+    stored tensors outside maps that training gave other values than the captured module's.
     """
 
     graph_module: fx.GraphModule
@@ -70,6 +71,7 @@ class Program:
     inserted: dict[str, str] = field(default_factory=dict)
     adapters: dict[str, Adapted] = field(default_factory=dict)
     frozen: bool = False
+    changed: frozenset[str] = frozenset()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
 

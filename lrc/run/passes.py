@@ -35,6 +35,12 @@ class PassOptions(Tagged):
     ignore: list[str] = Field(default=[], description="Patterns of sites that stay as they are.")
     optional: bool = Field(default=False, description="Let a pattern match nothing; otherwise that is an error.")
     needs: ClassVar[frozenset[Need]] = frozenset()
+    structural: ClassVar[bool] = True  # a pass that changes values alone is not carried out while planning
+    looks_back: ClassVar[bool] = False  # whether it uses the program as it was before all passes
+
+    def datasets(self) -> dict[str, str]:
+        """Return the data files of the pass by the names of their options."""
+        return {}
 
     def obstacle_at(self, site: Site) -> str | None:
         """Return why the pass can do nothing at a site, or None: that its layout has no products, where no map stands yet."""

@@ -7,5 +7,6 @@ from lrc_passes.merge import merge
 from lrc_passes.quantize import quantize
 from lrc_passes.slice import SlicePass
 from lrc_passes.split import split
+from lrc_passes.train import TrainPass
 
-BUILTIN = (AdaptPass, factorize, LoadAdapterPass, merge, quantize, SlicePass, split)
+BUILTIN = (AdaptPass, factorize, LoadAdapterPass, merge, quantize, SlicePass, split, TrainPass)
