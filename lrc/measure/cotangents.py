@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lrc.data.batches import IGNORED
 from lrc.errors import DataError, UsageError
 
 Fisher = Literal["sampled", "labels", "outputs"]
-IGNORED = -100  # the label that transformers and torch leave out of a loss
 ROWS = 512  # rows of logits that are worked on at a time
 
 

@@ -22,7 +22,8 @@ def raise_uses(graph_module: fx.GraphModule, uses: Iterable[Use], taken: Set[str
     for use in uses:
         old = nodes[use.node]
         with graph.inserting_before(old):
-            new = graph.create_node("call_module", use.module, (nodes[use.input],))
+            context = {name: nodes[node] for name, node in use.context}
+            new = graph.create_node("call_module", use.module, (nodes[use.input],), context)
         new.meta = dict(old.meta)
         old.replace_all_uses_with(new)
         erase_unused(graph, old)
@@ -70,7 +71,12 @@ def _rename(graph_module: fx.GraphModule, node: fx.Node, taken: Set[str], aliase
 
 
 def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nothing uses, and then every input of it that nothing else uses."""
+    """Erase a node that nothing uses, and then every input of it that nothing else uses.
+
+    Of an operator with several values, those that nothing reads are no uses.
+    """
+    for part in [user for user in node.users if user.target is operator.getitem and not user.users]:
+        graph.erase_node(part)
     if node.users or node.op == "placeholder":
         return
     reads = node.all_input_nodes

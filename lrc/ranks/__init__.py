@@ -34,8 +34,10 @@ from lrc.ranks.budgets import (
     size_mb,
 )
 from lrc.ranks.candidates import Budget, Candidates, Offer, Unit
+from lrc.ranks.contribution import Contribution, ContributionRank, contribution
 from lrc.ranks.joint import GroupCurve, measured_of
 from lrc.ranks.learned import LearnedAllocation
+from lrc.ranks.mixed import MixedCurve
 from lrc.ranks.policies import (
     BreakevenRank,
     EnergyRank,
@@ -57,11 +59,12 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
     flops_kept,
     latency_kept,
     latency_ms,
+    contribution,
 )
 
 
 def allocate_ranks(
-    curves: Sequence[SiteCurve | GroupCurve],
+    curves: Sequence[SiteCurve | GroupCurve | MixedCurve],
     options: RankPolicy,
     *,
     allocate: Allocator | Literal["auto"] = "auto",
@@ -80,7 +83,8 @@ def allocate_ranks(
             allocate = "global" if all(curve.additive for curve in curves) else "uniform"
         found: Allocation = rule(curves, options, Setting(allocate, round_to, rest, search))
         return found
-    return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in curves})
+    alone = [curve for curve in curves if not isinstance(curve, MixedCurve)]  # these are offered under a budget alone
+    return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in alone})
 
 
 def choose(
@@ -122,6 +126,8 @@ __all__ = [
     "Budget",
     "Candidates",
     "Choice",
+    "Contribution",
+    "ContributionRank",
     "EnergyRank",
     "FixedRank",
     "FlopsKept",
@@ -131,6 +137,7 @@ __all__ = [
     "LatencyKept",
     "LatencyMs",
     "LearnedAllocation",
+    "MixedCurve",
     "Offer",
     "ParamsKept",
     "ProductForm",
@@ -144,6 +151,7 @@ __all__ = [
     "Unit",
     "allocate_ranks",
     "choose",
+    "contribution",
     "measured_of",
     "measured_ranks",
     "product_size",

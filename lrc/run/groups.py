@@ -18,6 +18,7 @@ from lrc.maps.layouts import Rows
 from lrc.measure import digest
 from lrc.program import Program, Site
 from lrc.program.alike import alike, is_added_back
+from lrc.program.modules import linked_sites
 from lrc.ranks import FixedRank, GroupCurve, Unit
 from lrc.run.plan import Summary
 from lrc.run.session import Session
@@ -59,7 +60,12 @@ def alike_groups(program: Program, fqns: Sequence[str], solver: Any) -> list[Gro
     return groups
 
 
-FINDERS: dict[Grouping, Finder] = {Grouping.ALIKE: alike_groups}
+def module_groups(program: Program, fqns: Sequence[str], solver: Any) -> list[Group]:
+    """Return the MLPs and attentions whose linears are all among `fqns`."""
+    return [Group(linked.kind, linked.sites, linked.facts) for linked in linked_sites(program, fqns)]
+
+
+FINDERS: dict[Grouping, Finder] = {Grouping.ALIKE: alike_groups, Grouping.MODULES: module_groups}
 
 
 def find_groups(program: Program, fqns: Sequence[str], solver: GroupOptions) -> list[Group]:

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lrc.maps import LinearMap
 from lrc.measure.workload import Workload
-from lrc.program import Program
+from lrc.program import Program, Site
 from lrc.ranks import AllocateField, BreakevenRank, LearnedAllocation, RankField
 from lrc.run.plan import Decision
 from lrc.solvers import Decomposition, GroupOptions, Moments, Need, SolverOptions
@@ -35,6 +35,16 @@ class PassOptions(Tagged):
     ignore: list[str] = Field(default=[], description="Patterns of sites that stay as they are.")
     optional: bool = Field(default=False, description="Let a pattern match nothing; otherwise that is an error.")
     needs: ClassVar[frozenset[Need]] = frozenset()
+    structural: ClassVar[bool] = True  # a pass that changes values alone is not carried out while planning
+    looks_back: ClassVar[bool] = False  # whether it uses the program as it was before all passes
+
+    def datasets(self) -> dict[str, str]:
+        """Return the data files of the pass by the names of their options."""
+        return {}
+
+    def obstacle_at(self, site: Site) -> str | None:
+        """Return why the pass can do nothing at a site, or None: that its layout has no products, where no map stands yet."""
+        return None if site.fqn in site.program.maps else site.layout.obstacle()
 
     @field_validator("targets", "ignore")
     @classmethod

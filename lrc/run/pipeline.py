@@ -22,7 +22,10 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
         made = pass_for(options)
         decided = list(made.plan(twin, session, options, index))
         last = index == len(passes) - 1
-        if last and isinstance(made, SitePass):
+        if not options.structural:
+            if not last:
+                session.notices.append(f"passes after `{options.type}` are planned on the values before it")
+        elif last and isinstance(made, SitePass):
             saved = difference(twin, decided)  # of a pass that edits the graph, only doing so tells
         else:
             decided = list(made.apply(twin, session, options, decided))
@@ -36,6 +39,8 @@ def run_passes(program: Program, passes: Sequence[Any], session: Session) -> Pla
     """Rewrite `program` as the passes decide; return the plan as it was carried out."""
     before = program.size()
     decisions: list[Decision] = []
+    if any(options.looks_back for options in passes):
+        session.original = program.clone()
     for index, options in enumerate(passes):
         made = pass_for(options)
         decided = made.plan(program, session, options, index)
@@ -90,4 +95,4 @@ def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, sessio
 
 def gram_numbers(site: Site) -> int:
     """Return how many numbers the second moment of a site's inputs has; that of one-hot vectors is diagonal."""
-    return site.in_features if site.kind == "embedding" else site.in_features**2
+    return site.in_features if site.layout.looked_up else site.in_features**2

@@ -91,7 +91,7 @@ class Terms:
             index=4 * site.out_features / site.dtype.itemsize,
             additive=terms.unit == LOSS_UNIT,
             itemsize=site.dtype.itemsize,
-            looked_up=site.kind == "embedding",
+            looked_up=site.layout.looked_up,
             now={
                 "numbers": now.parameters - bias.parameters,
                 "bytes": 0 if stays else now.bytes - bias.bytes,

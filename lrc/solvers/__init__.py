@@ -14,6 +14,7 @@ from lrc.solvers.groups import Grouping, GroupOptions, GroupTerms, Member, Part,
 from lrc.solvers.inputs import InputsOptions, propagated_target
 from lrc.solvers.kfac import KfacSolver, kfac
 from lrc.solvers.ladder import Root, root
+from lrc.solvers.modular import ModularSolver, modular
 from lrc.solvers.nmf import NmfSolver, SnmfSolver, nmf, snmf
 from lrc.solvers.pivot import Pivot, Refusal, pivot
 from lrc.solvers.random_init import RandomSolver, random_init
@@ -25,7 +26,7 @@ from lrc.spec.registry import Rule
 
 BUILTIN: tuple[Rule[Any, Any], ...] = (
     kfac, whitened, afm, lord, dobi, asvd, fwsvd, svd, gram, randomized, auto, altmin, snmf, nmf, random_init,
-    basis_sharing,
+    basis_sharing, modular,
 )  # fmt: skip
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "KfacSolver",
     "LordSolver",
     "Member",
+    "ModularSolver",
     "Moments",
     "Need",
     "NmfSolver",
@@ -76,6 +78,7 @@ __all__ = [
     "gram",
     "kfac",
     "lord",
+    "modular",
     "nmf",
     "pivot",
     "propagated_target",
