@@ -1,4 +1,4 @@
-"""Time and peak memory of inserting every adapter method in MiniLM and of one training step, beside PEFT where it has the method.
+"""Time and peak memory of inserting every adapter method in MiniLM and of one training step, beside PEFT where it can.
 
     python tests/benchmarks/bench_adapters.py [--methods lora dora …] [--rounds 9] [--rank 8] [--batch 8] [--length 64]
 
@@ -29,7 +29,7 @@ from common import minilm, show
 import lrc
 from lrc.spec.registry import ADAPTERS
 
-NAMES = ["query", "key", "value", "dense"]  # of PEFT: the same linears, the pooler is left out on both sides
+NAMES = r"encoder\.layer\..*\.(query|key|value|dense)"  # of PEFT: the same linears; both sides leave the pooler out
 PEFT: dict[str, dict[str, Any]] = {
     "lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "vera": {},
     "lora gaussian": {"init_lora_weights": "gaussian"}, "lora pissa": {"init_lora_weights": "pissa"},
@@ -70,10 +70,9 @@ def insert_theirs(model: Any, name: str, rank: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name == "vera":
-            names = peft.VeraConfig(r=256, target_modules=NAMES, exclude_modules=["pooler.dense"])
-        else:
-            names = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=NAMES, exclude_modules=["pooler.dense"], **PEFT[name])
-        return peft.get_peft_model(model, names)
+            return peft.get_peft_model(model, peft.VeraConfig(r=256, target_modules=NAMES))
+        config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=NAMES, **PEFT[name])
+        return peft.get_peft_model(model, config)
 
 
 def batch_of(size: int, length: int) -> dict[str, torch.Tensor]:
