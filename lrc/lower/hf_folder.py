@@ -15,7 +15,7 @@ from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.maps import Conv, Dense, Lookup
 from lrc.program import Program
 from lrc.program.checks import need_transformers
-from lrc.program.graft import graft, share
+from lrc.program.graft import graft, share, shared_factors
 from lrc.program.huggingface import Quiet, load_folder
 
 SKIPPED = {"config.json", "README.md", "generation_config.json", "data_config.json"}
@@ -96,8 +96,12 @@ def write_config(program: Program, path: Path, *, stock: bool = False) -> None:
     sites = dict(kept["sites"]) if isinstance(kept, Mapping) else {}
     for fqn in program.maps:
         sites |= {module: made.structure() for module, made in program.placed(fqn).items()}
+    sites |= {fqn: module.structure() for fqn, module in program.modules.items()}  # type: ignore[operator]  # as all of ours
     if sites:
         config["lrc"] = {"format": 1, "task": program.task, "sites": sites}
+        shared = (dict(kept.get("shared", {})) if isinstance(kept, Mapping) else {}) | shared_factors(program)
+        if shared:
+            config["lrc"]["shared"] = shared
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -90,6 +90,11 @@ class LinearMap(nn.Module):
         """The dtype of the map's floating numbers."""
         return next(t.dtype for t in self.parameters() if t.is_floating_point())
 
+    @property
+    def packed_numbers(self) -> int:
+        """How many numbers the map itself stores in another way than as floating tensors, fewer the tensors of their scales."""
+        return 0
+
     def along_features(self, vector: Tensor) -> Tensor:
         """Return a vector (out_features,) in a shape that meets the features of an output."""
         return over(vector, self.spatial)
@@ -161,11 +166,19 @@ def slot_shape(slot: Slot) -> tuple[int, int]:
     return slot.shape[0], slot.shape[1]
 
 
-def apply_slot(slot: Slot, x: Tensor, bias: Tensor | None, context: Mapping[str, Any], spatial: int = 0) -> Tensor:
-    """Apply a slot to what has its features before `spatial` more dimensions, and add `bias`."""
+def apply_slot(
+    slot: Slot, x: Tensor, bias: Tensor | None, context: Mapping[str, Any], spatial: int = 0, inputs: tuple[Any, ...] = ()
+) -> Tensor:
+    """Apply a slot to what has its features before `spatial` more dimensions, and add `bias`.
+
+    inputs: what a map takes beside x.
+    """
     if not isinstance(slot, LinearMap):
         return F.linear(x, slot, bias)
-    return slot.added(x, bias, spatial, context)
+    if not inputs:
+        return slot.added(x, bias, spatial, context)
+    y: Tensor = slot(x, *inputs, **context)
+    return y if bias is None else y + over(bias, spatial)
 
 
 def over(vector: Tensor, spatial: int) -> Tensor:

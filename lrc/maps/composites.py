@@ -104,12 +104,12 @@ class Chain(Composite):
         self.out_features, self.in_features = shapes[0][0], shapes[-1][1]
         self.set_bias(bias)
 
-    def forward(self, x: Tensor, **context: Any) -> Tensor:
-        """Apply to (..., in_features)."""
+    def forward(self, x: Tensor, *inputs: Any, **context: Any) -> Tensor:
+        """Apply to (..., in_features). inputs: what the map that is applied first takes beside x (the offsets of bags)."""
         first, *rest = self.slots
         for slot in reversed(rest):
-            x = apply_slot(slot, x, None, context)
-        return apply_slot(first, x, self.bias, context, self.spatial)
+            x, inputs = apply_slot(slot, x, None, context, inputs=inputs), ()
+        return apply_slot(first, x, self.bias, context, self.spatial, inputs)
 
     def exact(self) -> Affine:
         """Return the product and the bias in float64."""

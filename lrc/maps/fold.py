@@ -30,7 +30,7 @@ def alike(made: LinearMap, weight: Tensor, bias: Tensor | None) -> LinearMap:
     """Return a weight (out_features, in_features) as what `made` is: a dense map, a convolution or a table."""
     lookup = lookup_of(made)
     if lookup is not None:
-        return Lookup(weight.T.contiguous(), lookup.padding_index, bias)
+        return lookup.over(weight.T.contiguous(), bias)
     conv = window_of(made)
     return Dense(weight, bias) if conv is None else Conv(weight.reshape(weight.shape[0], *conv[0]), conv[1], bias)
 

@@ -104,5 +104,5 @@ class Backward(fx.Interpreter):
         if tap.layout.kind == "embedding":
             total.T.index_add_(0, value.reshape(-1), rows)
             return
-        for read, place in pieces(tap.layout, value, None):
-            total.addmm_(rows[place].T, read.float())
+        for piece in pieces(tap.layout, value, None):
+            total.addmm_(rows[piece.place].T, piece.rows.float())

@@ -64,6 +64,6 @@ class Watch(fx.Interpreter):
         for tap, observer in self.watched.get(n, ()):
             if not observer.done:
                 mask = tap_mask(tap, n, value, self.masks, self.traced)
-                for rows, _ in pieces(tap.layout, value, mask):
-                    observer.see(rows)
+                for piece in pieces(tap.layout, value, mask):
+                    observer.see(piece.rows)
         return value

@@ -28,7 +28,7 @@ def select_sites(program: Program, session: Session, options: Any, index: int) -
     """
     candidates = [Candidate(site.fqn, site.type_name) for site in program.sites.values()]
     found = select(candidates, options.targets, options.ignore)
-    rules = {fqn: rule for fqn, rule in found.rules.items() if rule != EVERYTHING or program.sites[fqn].kind != "embedding"}
+    rules = {fqn: rule for fqn, rule in found.rules.items() if rule != EVERYTHING or not program.sites[fqn].layout.looked_up}
     if found.unmatched and not options.optional:
         raise UsageError(
             session.where(index),
