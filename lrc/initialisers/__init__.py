@@ -24,6 +24,7 @@ from lrc.initialisers.olora import Olora, olora
 from lrc.initialisers.orthogonal import Orthogonal, orthogonal
 from lrc.initialisers.pissa import Pissa, pissa
 from lrc.initialisers.random_both import RandomBoth, random_both
+from lrc.initialisers.svd_weight import SvdWeight, svd_weight
 from lrc.spec.registry import Rule
 
 BUILTIN: tuple[Rule[Any, Any], ...] = (
@@ -39,6 +40,7 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
     lora_ga,
     lora_ga_hf,
     lora_sb,
+    svd_weight,
 )
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "Pissa",
     "RandomBoth",
     "Start",
+    "SvdWeight",
     "initialiser",
     "lowrank_svd",
     "subtracted",

@@ -21,8 +21,8 @@ class Start:
 
     weight: returns W (out_features, in_features), at least float32, a new tensor; for a convolution the matrix of patches,
     for an embedding the transposed table. shape: its shape. rank, scaling: of the adapter `scaling * B @ A`. kind: `linear`,
-    `conv` or `embedding`. moments: what calibration says. gradient: the mean dL/dW, (out_features, in_features), float32, or None.
-    observed: what the options' observer has found in the rows that the site reads, or None.
+    `conv` or `embedding`. moments: what calibration says. gradient: the mean dL/dW, (out_features, in_features), float32, or
+    None. observed: what the options' observer has found in the rows that the site reads, or None.
     """
 
     weight: Callable[[], Tensor]
@@ -65,7 +65,7 @@ class InitialiserOptions(Tagged):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
 
     def observer(self, features: int, rank: int) -> "Observer | None":
-        """Return what looks at the rows that a site reads, (rows, features), for an adapter of rank `rank`, if anything does."""
+        """Return what looks at the rows that a site reads, (rows, features), for an adapter of this rank, if anything does."""
         return None
 
     def ranks(self, wanted: Mapping[str, int], found: Callable[[str], Any]) -> Mapping[str, int]:

@@ -38,8 +38,8 @@ class Corda(InitialiserOptions):
     type: Literal["corda"] = "corda"
     mode: Literal["ipm", "kpm"] = Field(
         default="ipm",
-        description="Which triples are trained: the largest (ipm: learn the calibrated task) or the smallest (kpm: keep what the "
-        "calibration data shows).",
+        description="Which triples are trained: the largest (ipm: learn the calibrated task) or the smallest (kpm: keep what "
+        "the calibration data shows).",
     )
     changes_base: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})

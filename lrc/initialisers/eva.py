@@ -71,9 +71,7 @@ class Eva(InitialiserOptions):
     """A from principal components of the inputs, B zero; the ranks' sum goes where they explain most."""
 
     type: Literal["eva"] = "eva"
-    rho: float = Field(
-        default=2.0, ge=1, description="A site's rank is at most this often the rank asked for; 1 keeps all ranks."
-    )
+    rho: float = Field(default=2.0, ge=1, description="A rank is at most this often the rank asked for; 1 keeps all ranks.")
     tau: float = Field(default=0.99, gt=0, le=1, description="Cosine between batches at which a component has converged.")
     whiten: bool = Field(default=False, description="Divide the components by the root of their singular values.")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
@@ -98,7 +96,8 @@ class Eva(InitialiserOptions):
 def eva(start: Start, options: Eva) -> Initial:
     """Return A = the first r principal components of the layer's inputs and B = 0: the sum starts as the base.
 
-    Source: Paischer et al. (2024), arXiv:2410.07170, algorithm 1.
+    A layer is done when all its components have converged (PEFT: those that its rank needs so far). Source: Paischer et al.
+    (2024), arXiv:2410.07170, algorithm 1.
     """
     found: Components = start.observed
     if len(found.components) < start.rank:

@@ -17,8 +17,8 @@ class GradientStart(InitialiserOptions):
 
     direction: Direction = Field(
         default="ArB2r",
-        description="Which of the 2r leading singular vectors A and B take: A the first r and B the second (ArB2r), the other way "
-        "round, alternating, or at random.",
+        description="Which of the 2r leading singular vectors A and B take: A the first r and B the second (ArB2r), the other "
+        "way round, alternating, or at random.",
     )
     niter: int = Field(default=4, ge=0, description="Power iterations of the randomised decomposition.")
     gradients: ClassVar[bool] = True

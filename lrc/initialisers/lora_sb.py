@@ -16,8 +16,8 @@ class LoraSb(InitialiserOptions):
 
     type: Literal["lora_sb"] = "lora_sb"
     step: float = Field(
-        default=1e-4, gt=0, strict=False, description="The learning rate of the first step that is approximated (with a warm-up, "
-        "that of its first step)."
+        default=1e-4, gt=0, strict=False, description="The learning rate of the first step that is approximated (with a "
+        "warm-up, that of its first step)."
     )  # fmt: skip
     niter: int = Field(default=10, ge=0, description="Power iterations of the randomised decomposition.")
     gradients: ClassVar[bool] = True

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrc.maps.base import Affine, Cost, LinearMap, Structure, as_parameter, exact_bias
+from lrc.maps.base import Affine, Cost, LinearMap, Structure, as_parameter, exact_bias, over
 
 
 class Dense(LinearMap):
@@ -57,20 +57,30 @@ class Dense(LinearMap):
 
 
 class Diagonal(LinearMap):
-    """y = diagonal * x + bias, diagonal (features,)."""
+    """y = diagonal * x + bias, diagonal (features,). spatial: dimensions after the features, 0 for rows, 2 for images."""
 
     word: ClassVar[str] = "diagonal"
 
-    def __init__(self, diagonal: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, diagonal: Tensor, bias: Tensor | None = None, spatial: int = 0) -> None:
         super().__init__()
         self.diagonal = as_parameter(diagonal)
         self.out_features = self.in_features = diagonal.shape[0]
+        self.dims = spatial
         self.set_bias(bias)
 
+    @property
+    def spatial(self) -> int:
+        """The dimensions after the features."""
+        return self.dims
+
+    def entries(self, x: Tensor) -> Tensor:
+        """Return the diagonal as it multiplies x."""
+        return self.diagonal
+
     def forward(self, x: Tensor, **context: Any) -> Tensor:
-        """Apply to (..., features)."""
-        y = x * self.diagonal
-        return y if self.bias is None else y + self.bias
+        """Apply to (..., features, *sizes)."""
+        y = x * over(self.entries(x), self.dims)
+        return y if self.bias is None else y + over(self.bias, self.dims)
 
     def exact(self) -> Affine:
         """Return the diagonal matrix and the bias in float64."""
@@ -87,16 +97,16 @@ class Diagonal(LinearMap):
 
     def structure(self) -> Structure:
         """Return the size."""
-        return {"map": self.word, "size": self.in_features, "bias": self.bias is not None}
+        return {"map": self.word, "size": self.in_features, "spatial": self.dims, "bias": self.bias is not None}
 
     @classmethod
     def restored(cls, structure: Structure) -> "Diagonal":
         """Return an uninitialised map."""
         size = structure["size"]
-        return cls(torch.empty(size), torch.empty(size) if structure["bias"] else None)
+        return cls(torch.empty(size), torch.empty(size) if structure["bias"] else None, int(structure.get("spatial", 0)))
 
     def __repr__(self) -> str:
-        return f"Diagonal[{self.in_features}]{self.mark()}"
+        return f"{type(self).__name__}[{self.in_features}]{self.mark()}"
 
 
 class Permutation(LinearMap):

@@ -34,6 +34,10 @@ class Lookup(LinearMap):
         y = torch.embedding(self.table, x, -1 if self.padding_index is None else self.padding_index)
         return y if self.bias is None else y + self.bias
 
+    def over(self, table: Tensor, bias: Tensor | None) -> "Lookup":
+        """Return such a lookup in another table."""
+        return Lookup(table, self.padding_index, bias)
+
     def exact(self) -> Affine:
         """Return the transposed table and the bias in float64."""
         return Affine(self.table.detach().double().T, exact_bias(self.bias))

@@ -37,7 +37,7 @@ class RowNorm(Composite):
         slot = self.slots[0]
         y = apply_slot(slot, x, None, context)
         factor = self._factor(slot_weight(slot).detach())
-        return self.plus(y * self.along_features(factor, y), self.bias)
+        return self.plus(y * self.along_features(factor), self.bias)
 
     def exact(self) -> Affine:
         """Return the weight with rows of the lengths `magnitude`, and the bias, in float64."""

@@ -4,16 +4,18 @@ Every rule returns an equal map that needs no more numbers and no more FLOPs, an
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from lrc.maps.base import Affine, Cost, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
+from lrc.maps.base import Affine, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
+from lrc.maps.bottleneck import Bottleneck
 from lrc.maps.composites import Chain, Composite, Scale, Sum
-from lrc.maps.conv import Conv, ConvChain
-from lrc.maps.dropout import Dropout
-from lrc.maps.leaves import Dense, Diagonal, Permutation
-from lrc.maps.lookup import Lookup, lookup_of
+from lrc.maps.conv import ConvChain
+from lrc.maps.drop import drop_closed_gates, drop_empty_terms, drop_identity, holds_numbers, inner_bias, join_blocks
+from lrc.maps.fold import alike, fold, pointwise
+from lrc.maps.leaves import Dense
+from lrc.maps.pivoted import Pivoted
 from lrc.maps.row_norm import RowNorm
 
 
@@ -25,30 +27,6 @@ class Folded(NamedTuple):
 
 
 Rule = Callable[[LinearMap], LinearMap | None]
-
-
-def fold(made: LinearMap) -> LinearMap:
-    """Return the one dense map, convolution or table that `made` stands for. Raises TypeError where it stands for none."""
-    if isinstance(made, Dense | Conv | Lookup):
-        return made
-    if isinstance(made, ConvChain):
-        return made.folded()
-    weight, bias = made.dense()
-    conv = conv_of(made)
-    if conv is not None:
-        return Conv(weight.reshape(conv.weight.shape), conv.geometry, bias)
-    lookup = lookup_of(made)
-    if lookup is not None:
-        return Lookup(weight.T.contiguous(), lookup.padding_index, bias)
-    return Dense(weight, bias)
-
-
-def conv_of(made: LinearMap) -> Conv | None:
-    """Return a convolution with the kernel size and geometry of what a map stands for, where that is a convolution."""
-    first: object = made
-    while isinstance(first, Composite):
-        first = first.slots[0]
-    return first.folded() if isinstance(first, ConvChain) else first if isinstance(first, Conv) else None
 
 
 def simplify(made: LinearMap) -> Folded:
@@ -83,31 +61,27 @@ def rebuilt(made: Composite, parts: list[Slot]) -> LinearMap:
     """Return the same composite over other parts."""
     if isinstance(made, Scale):
         return Scale(parts[0], made.scale, made.bias, made.names)
+    if isinstance(made, Bottleneck):
+        return Bottleneck(parts[0], parts[1], made.activation, made.bias, made.names)
     if isinstance(made, RowNorm):
         return RowNorm(parts[0], made.magnitude, made.bias, made.names)
     return type(made)(*parts, bias=made.bias, names=made.names)
 
 
 def fold_adapters(made: LinearMap) -> LinearMap | None:
-    """Sum(Dense, Scale(Chain)) and the like -> Dense: the whole sum at once, rounded once, where one of its terms is dense.
+    """Sum(Dense, Scale(Chain)) and the like -> Dense: the whole at once, rounded once, where a part is as large as the whole.
 
-    The dense term makes what the sum stands for no larger. So for convolutions and embeddings, and inside a `RowNorm`.
+    So for convolutions and embeddings, inside a `RowNorm`, and for branches after a dense weight.
     """
-    if isinstance(made, RowNorm):
-        inner = made.slots[0]
-        dense = not isinstance(inner, LinearMap) or fold_adapters(inner) is not None or isinstance(inner, Dense | Conv | Lookup)
-        return fold(made) if dense else None
-    if not isinstance(made, Sum) or len(made.slots) < 2:
+    if not isinstance(made, Sum | RowNorm) or made.obstacle() is not None:
         return None
-    dense = any(not isinstance(slot, LinearMap) or isinstance(slot, Dense | Conv | Lookup) for slot in made.slots)
-    return fold(made) if dense and has_dense(made) else None
-
-
-def has_dense(made: Slot) -> bool:
-    """Say whether a map stands for one weight: whether every part of it has a dense form."""
-    if not isinstance(made, LinearMap):
-        return True
-    return type(made).exact is not LinearMap.exact and all(has_dense(slot) for slot in getattr(made, "slots", ()))
+    if len(made.slots) < 2 and not isinstance(made, RowNorm):
+        return None
+    if max((p.numel() for p in made.parameters()), default=0) < made.out_features * made.in_features:
+        return None
+    whole = fold(made)
+    before, after = made.cost(1), whole.cost(1)
+    return whole if after.parameters <= before.parameters and after.flops <= before.flops else None
 
 
 def flatten_nested(made: LinearMap) -> LinearMap | None:
@@ -141,27 +115,26 @@ def absorb_scale(made: LinearMap) -> LinearMap | None:
 
 def _scaled(made: Scale) -> LinearMap | None:
     inner = made.slots[0]
-    if isinstance(inner, Chain) and inner.bias is None and not isinstance(inner.slots[0], LinearMap):
-        outer = (inner.slots[0].detach().double() * made.scale).to(made.dtype)
-        return Chain(outer, *inner.slots[1:], bias=made.bias)
-    if not isinstance(inner, LinearMap) or isinstance(inner, Dense):
-        weight, bias = made.dense()
-        return Dense(weight, bias)
+    if isinstance(inner, Chain) and inner.bias is None:
+        at = next((i for i, slot in enumerate(inner.slots) if holds_numbers(slot)), None)
+        if at is None or any(isinstance(slot, LinearMap) and inner_bias(slot) for slot in inner.slots[: at + 1]):
+            return None
+        slots = [*inner.slots[:at], _times(inner.slots[at], made.scale), *inner.slots[at + 1 :]]
+        return Chain(*slots, bias=made.bias)
+    if isinstance(inner, ConvChain) and inner.bias is None:
+        outer, *others = inner.kernels
+        return ConvChain([_times(outer, made.scale), *others], inner.geometries, made.bias)
+    if holds_numbers(inner):
+        return alike(made, *made.dense())
     return None
 
 
-def drop_identity(made: LinearMap) -> LinearMap | None:
-    """Leave out a permutation in its own order, and a dropout, from a chain."""
-    if not isinstance(made, Chain) or len(made.slots) < 2:
-        return None
-    kept = [slot for slot in made.slots if not _is_identity(slot)]
-    if len(kept) == len(made.slots):
-        return None
-    return Chain(*(kept or made.slots[:1]), bias=made.bias)
-
-
-def _is_identity(slot: Slot) -> bool:
-    return isinstance(slot, Dropout) or (isinstance(slot, Permutation) and slot.is_identity())
+def _times(slot: Any, scale: float) -> Any:
+    """Return a matrix, a kernel or a table times a constant, in its own dtype."""
+    if isinstance(slot, LinearMap):
+        weight, _ = slot.exact()
+        return alike(slot, (scale * weight).to(slot.dtype), None)
+    return (slot.detach().double() * scale).to(slot.dtype)
 
 
 def join_low_rank_terms(made: LinearMap) -> LinearMap | None:
@@ -187,30 +160,28 @@ def _is_pair(slot: Slot) -> bool:
 
 
 def multiply_out(made: LinearMap) -> LinearMap | None:
-    """Multiply two neighbours of a chain, or add two terms of a sum, where one matrix needs no more than both."""
+    """Multiply two neighbours of a chain, or add two terms of a sum, where one weight needs no more than both."""
     if not isinstance(made, Chain | Sum):
         return None
     slots = made.slots
     for i in range(len(slots) - 1):
-        if not all(_foldable(slot) for slot in slots[i : i + 2]):
+        pair = slots[i : i + 2]
+        if not all(_foldable(slot) for slot in pair) or (isinstance(made, Chain) and not pointwise(pair[0])):
             continue
-        rows, columns = slot_shape(slots[i])[0], slot_shape(slots[i + 1])[1]
-        before = slot_cost(slots[i], 1) + slot_cost(slots[i + 1], 1)
-        if not _no_larger(Cost(rows * columns, 0, 2 * rows * columns), before):
+        before = slot_cost(pair[0], 1) + slot_cost(pair[1], 1)
+        rows, columns = slot_shape(pair[0])[0], slot_shape(pair[1])[1]
+        if rows * columns > before.parameters:
             continue
-        joined = Dense(*_combined(made, slots[i], slots[i + 1]))
-        if not _no_larger(joined.cost(1), before):  # an inner bias has become one of more numbers
+        joined = alike(type(made)(*pair), *_combined(made, *pair))
+        after = joined.cost(1)
+        if after.parameters > before.parameters or after.flops > before.flops:  # an inner bias may have got more numbers
             continue
         return type(made)(*slots[:i], joined, *slots[i + 2 :], bias=made.bias)
     return None
 
 
 def _foldable(slot: Slot) -> bool:
-    return not isinstance(slot, LinearMap) or isinstance(slot, Dense | Diagonal | Permutation | Chain)
-
-
-def _no_larger(after: Cost, before: Cost) -> bool:
-    return after.parameters <= before.parameters and after.flops <= before.flops
+    return not isinstance(slot, LinearMap) or (slot.obstacle() is None and not isinstance(slot, Pivoted))
 
 
 def _combined(made: LinearMap, left: Slot, right: Slot) -> Affine:
@@ -229,6 +200,9 @@ RULES: tuple[Rule, ...] = (
     unwrap_single,
     absorb_scale,
     drop_identity,
+    join_blocks,
+    drop_closed_gates,
+    drop_empty_terms,
     join_low_rank_terms,
     multiply_out,
 )

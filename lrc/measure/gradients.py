@@ -21,9 +21,9 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """Return the mean over batches of dL/dW, (out_features, in_features) float32 each, L the mean loss over a batch's rows.
 
-    loss: see `cotangents.cotangent`. No weight needs a gradient of its own: dL/dW is the product of what a site reads and of the
-    gradient at what it gives, formed for one site after the other. So no more is held than the `fqns`' own gradients and one
-    batch's activations. The model is not changed, and runs in eval mode.
+    loss: see `cotangents.cotangent`. No weight needs a gradient of its own: dL/dW is the product of what a site reads and of
+    the gradient at what it gives, formed for one site after the other. So no more is held than the `fqns`' own gradients and
+    one batch's activations. The model is not changed, and runs in eval mode.
     """
     walk = Backward(program, fqns)
     count = 0
@@ -104,5 +104,5 @@ class Backward(fx.Interpreter):
         if tap.layout.kind == "embedding":
             total.T.index_add_(0, value.reshape(-1), rows)
             return
-        for read, place in pieces(tap.layout, value, None):
-            total.addmm_(rows[place].T, read.float())
+        for piece in pieces(tap.layout, value, None):
+            total.addmm_(rows[piece.place].T, piece.rows.float())

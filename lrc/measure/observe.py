@@ -25,8 +25,8 @@ class Seeing(Protocol):
 def observe(program: Program, batches: Iterable[Batch], observers: Mapping[str, Seeing], *, rounds: int = 1) -> None:
     """Run batches through the program and show every observer what its site reads, by site.
 
-    One observer may stand for several sites that read the same value: it is shown that once. The batches are run `rounds` times,
-    or until every observer is done. For a site that is used more than once, it sees the rows of every use.
+    One observer may stand for several sites that read the same value: it is shown that once. The batches are run `rounds`
+    times, or until every observer is done. For a site that is used more than once, it sees the rows of every use.
     """
     walk = Watch(program, observers)
     for _ in range(rounds):
@@ -64,6 +64,6 @@ class Watch(fx.Interpreter):
         for tap, observer in self.watched.get(n, ()):
             if not observer.done:
                 mask = tap_mask(tap, n, value, self.masks, self.traced)
-                for rows, _ in pieces(tap.layout, value, mask):
-                    observer.see(rows)
+                for piece in pieces(tap.layout, value, mask):
+                    observer.see(piece.rows)
         return value

@@ -25,14 +25,18 @@ class AdapterOptions(Tagged):
     """The options of a method.
 
     default_rank, default_alpha: where the spec names none. default_init: the initialiser where it names none, or None for a
-    method that starts by itself and takes none. kinds: the sites that it knows. lora: whether the result is a plain LoRA,
-    `base + scaling B A`, after merging what is small.
+    method that starts by itself and takes none. kinds: the sites that it knows; grouped: among them convolutions in groups.
     """
 
     default_rank: ClassVar[int] = 8
     default_alpha: ClassVar[float | None] = 16.0
     default_init: ClassVar[InitialiserOptions | None] = Kaiming()
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
+    grouped: ClassVar[bool] = False
+
+    def rank_for(self, shape: tuple[int, int]) -> int:
+        """Return the rank at a site of shape (out_features, in_features) where the spec names none."""
+        return self.default_rank
 
     def scaling(self, rank: int, alpha: float | None) -> float:
         """Return the constant in front of the adapter's product; alpha: as the spec says, or `default_alpha`."""
@@ -42,7 +46,7 @@ class AdapterOptions(Tagged):
         """Return why the method cannot adapt a site at this rank, or None."""
         if site.kind not in self.kinds:
             return f"`method: {self.type}` knows no {site.kind}"
-        return None
+        return None if self.grouped else site.layout.obstacle()
 
 
 class Place:
@@ -50,7 +54,7 @@ class Place:
 
     site: the place; rank, scaling, dropout: of the adapter; generator: seeded by the site's name. start: runs the spec's
     initialiser, or gives factors without numbers (device meta) while the adapter is only planned. shared: what all places
-    of one pass share, by name (VeRA's matrices).
+    of one pass share, by name (VeRA's matrices); `shapes`: those of all their weights.
     """
 
     def __init__(

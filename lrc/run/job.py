@@ -66,7 +66,14 @@ class Job:
     def exports(self) -> list[ExportOptions]:
         """Return what is exported: as the spec says, but always a form that `lrc.load` reads."""
         asked = list(self.document.export)
-        is_hf = self.program.origin.folder is not None
+        unplaced = next((options for options in self.document.passes if not getattr(options, "grafts", True)), None)
+        if unplaced is not None and any(isinstance(e, HfExport) for e in asked):
+            raise UsageError(
+                "export.hf",
+                message=f"what the pass `{getattr(unplaced, 'type', '')}` makes has no place in the model's own modules",
+                hint="Export `format: pt2` or `onnx`, or set `bases: shared`",
+            )
+        is_hf = self.program.origin.folder is not None and unplaced is None
         if not any(isinstance(e, HfExport | Pt2Export) for e in asked):
             asked.insert(0, HfExport() if is_hf else Pt2Export())
         return asked  # type: ignore[return-value]
@@ -135,6 +142,8 @@ def verify_step(output: OutputFolder, job: Job, record: Record, original: Progra
     """Reopen every artifact in a fresh process and compare it with the program in memory."""
     pairs = []
     for name, made in record.artifacts.items():
+        if not made["opens"]:  # it is no model by itself, and was checked when it was written
+            continue
         artifact = Artifact(name, output.staging / made["artifact"], made["opens"])
         pairs.append((artifact, cases_of(job.program, dynamic=not made["static"], cached=made["cached"])))
     job.session.progress("verify", 0, 1)

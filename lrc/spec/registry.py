@@ -158,9 +158,9 @@ def plain(options: SpecModel | None) -> dict[str, Any] | None:
 
 PASSES = Registry("pass", "lrc.passes")
 SOLVERS = Registry("solver", "lrc.solvers")
+SPLITTERS = Registry("splitter", "lrc.splitters")
 ADAPTERS = Registry("adapter", "lrc.adapters")
 INITIALISERS = Registry("initialiser", "lrc.initialisers")
-SPLITTERS = Registry("splitter", "lrc.splitters")
 RANKS = Registry("rank policy", "lrc.ranks")
 METRICS = Registry("metric", "lrc.metrics")
 EXPORTERS = Registry("export format", "lrc.exporters", tag="format")

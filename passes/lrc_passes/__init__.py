@@ -2,9 +2,11 @@
 
 from lrc_passes.adapt import AdaptPass
 from lrc_passes.factorize import factorize
+from lrc_passes.load_adapter import LoadAdapterPass
 from lrc_passes.merge import merge
 from lrc_passes.quantize import quantize
+from lrc_passes.slice import SlicePass
 from lrc_passes.split import split
 from lrc_passes.train import TrainPass
 
-BUILTIN = (AdaptPass, factorize, merge, quantize, split, TrainPass)
+BUILTIN = (AdaptPass, factorize, LoadAdapterPass, merge, quantize, SlicePass, split, TrainPass)

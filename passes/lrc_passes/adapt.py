@@ -16,6 +16,7 @@ from lrc.errors import LrcError, SiteError, UsageError
 from lrc.initialisers import Initial, InitialiserOptions, Start
 from lrc.maps import LinearMap
 from lrc.program import Adapted, Program, Site
+from lrc.ranks import Choice
 from lrc.run import Decision, Keep, Place, Rewrite, Session, program_pass
 from lrc.run.selection import select_sites
 from lrc.run.site_pass import carried_out, put
@@ -34,19 +35,20 @@ class AdaptPass:
         """Decide for every selected site; no factor is computed, but what an initialiser needs for its ranks is measured."""
         selected = select_sites(program, session, options, index)
         check_patterns(options, [s.fqn for s in selected], session.where(index))
-        wanted = {s.fqn: options.rank_of(s.fqn, program.sites[s.fqn].shape) for s in selected}
-        reasons = {s.fqn: s.keep or obstacle(program.sites[s.fqn], wanted[s.fqn], options) for s in selected}
+        given = options.ranks_of({s.fqn: program.sites[s.fqn].shape for s in selected if not s.keep})
+        wanted = {fqn: choice.rank or 0 for fqn, choice in given.items()}
+        reasons = {s.fqn: s.keep or refused(program.sites[s.fqn], given[s.fqn], options) for s in selected}
         ranks = settled(program, session, options, {fqn: rank for fqn, rank in wanted.items() if reasons[fqn] is None})
         shared: dict[str, Any] = {"shapes": [program.sites[fqn].shape for fqn, rank in ranks.items() if rank]}
         decisions = []
         for chosen in selected:
-            site, rank = program.sites[chosen.fqn], ranks.get(chosen.fqn, wanted[chosen.fqn])
+            site, rank = program.sites[chosen.fqn], ranks.get(chosen.fqn, wanted.get(chosen.fqn, 0))
             before = summarize(site.map)
             decision = Decision(
                 index, options.type, (site.fqn,), chosen.rule, before, before, rank=rank, full_rank=min(site.shape)
             )
             reason = reasons[chosen.fqn]
-            if rank == 0 and options.start is not None:
+            if reason is None and rank == 0 and options.start is not None:
                 reason = f"`init: {options.start.type}` gives its rank to other sites"
             made: Any = Keep(reason) if reason else self.make(Work(program, session, options, shared, True), site, rank)[0]
             decisions.append(carried_out(decision, made))
@@ -55,7 +57,7 @@ class AdaptPass:
     def apply(self, program: Program, session: Session, options: Adapt, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Make every adapter and put it in place; whatever is no adapter is trained no more."""
         work = [d for d in decisions if d.keep is None]
-        wanted = {d.sites[0]: options.rank_of(d.sites[0], program.sites[d.sites[0]].shape) for d in work}
+        wanted = {d.sites[0]: asked(program.sites[d.sites[0]], d.rank, options) for d in work}
         of = sources(program, session, options.start, wanted, int(options.gradient_mb * 2**20))
         done = {d.name: d for d in decisions}
         task = Work(program, session, options, {"shapes": [program.sites[d.sites[0]].shape for d in work]}, False)
@@ -133,8 +135,21 @@ def settled(program: Program, session: Session, options: Adapt, wanted: dict[str
 
 def alpha_for(site: Site, rank: int, options: Adapt) -> float | None:
     """Return a site's alpha; where the initialiser gave it another rank than the spec's, it changes by as much."""
-    alpha, wanted = options.alpha_of(site.fqn), options.rank_of(site.fqn, site.shape)
+    alpha, wanted = options.alpha_of(site.fqn), asked(site, rank, options)
     return alpha if alpha is None or rank == wanted else alpha * rank / wanted
+
+
+def asked(site: Site, rank: int | None, options: Adapt) -> int:
+    """Return the rank that the spec asks for; where that depends on other sites, the one that was decided."""
+    if options.rank is None or options.rank.by_shape:
+        return options.rank_of(site.fqn, site.shape)
+    assert rank is not None, "an adapter that is not kept has a rank"
+    return rank
+
+
+def refused(site: Site, choice: Choice, options: Adapt) -> str | None:
+    """Return why a site gets no adapter, or None."""
+    return choice.reason if choice.rank is None else obstacle(site, choice.rank, options)
 
 
 def obstacle(site: Site, rank: int, options: Adapt) -> str | None:
@@ -150,7 +165,7 @@ def remembered(place: Place, options: Adapt, alpha: float | None) -> Adapted | N
     if place.planning:
         return None
     initial, start = place.initial, options.start
-    factors = (initial.B, initial.A) if initial is not None and initial.subtracted else None
+    factors = (initial.B.clone(), initial.A.clone()) if initial is not None and initial.subtracted else None
     return Adapted(
         options.method.type, place.rank, alpha, place.scaling,
         init=None if initial is None or start is None else start.type,

@@ -4,10 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from lrc.initialisers import InitialiserOptions
-from lrc.ranks import FixedRank, RankField
+from lrc.program import Site
+from lrc.ranks import Choice, FixedRank, RankField, SiteCurve, allocate_ranks
 from lrc.run import AdapterOptions, PassOptions
 from lrc.solvers import Need
 from lrc.spec.registry import ADAPTERS, INITIALISERS, Registered
@@ -42,8 +44,8 @@ class Adapt(PassOptions):
     )
     alpha_pattern: dict[str, float] = Field(default={}, description="The same for alpha.")
     gradient_mb: float = Field(
-        default=64.0, ge=0, strict=False, description="Megabytes of weight gradients that are held at a time, where the initialiser "
-        "wants gradients; at least one weight's. The calibration data runs once for each such share."
+        default=64.0, ge=0, strict=False, description="Megabytes of weight gradients that are held at a time, where the "
+        "initialiser wants gradients; at least one weight's. The calibration data runs once for each such share."
     )  # fmt: skip
     tied: Literal["keep", "untie", "error"] = Field(
         default="keep",
@@ -68,9 +70,13 @@ class Adapt(PassOptions):
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         if any(rank < 1 for rank in self.rank_pattern.values()):
             raise ValueError("every rank of `rank_pattern` is at least 1")
-        if self.rank is not None and not self.rank.by_shape:
-            raise ValueError("an adapter's rank is a whole number, {fraction: …} or {breakeven: …}")
+        if self.rank is not None and not (self.rank.by_shape or self.rank.by_scores):
+            raise ValueError("an adapter's rank is a whole number, {fraction: …}, {breakeven: …} or {contribution: …}")
         return self
+
+    def obstacle_at(self, site: Site) -> str | None:
+        """Return None: the method says what it can do at a site of this rank."""
+        return None
 
     @property
     def start(self) -> InitialiserOptions | None:
@@ -87,7 +93,17 @@ class Adapt(PassOptions):
         own = matching(self.rank_pattern, fqn)
         if own is not None:
             return int(self.rank_pattern[own])
-        return (self.rank or FixedRank(rank=self.method.default_rank)).most(*shape)
+        return (self.rank or FixedRank(rank=self.method.rank_for(shape))).most(*shape)
+
+    def ranks_of(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Choice]:
+        """Return the rank that the spec gives to every site, or why it has none. shapes: (out, in)_features by site."""
+        if self.rank is None or self.rank.by_shape:
+            return {fqn: Choice(self.rank_of(fqn, shape)) for fqn, shape in shapes.items()}
+        nothing = torch.empty(0)
+        curves = [SiteCurve(fqn, *shape, losses=nothing, S=nothing, form="two_factor") for fqn, shape in shapes.items()]
+        shared = allocate_ranks(curves, self.rank, allocate="uniform").choices
+        own = {fqn: matching(self.rank_pattern, fqn) for fqn in shapes}
+        return {fqn: choice if own[fqn] is None else Choice(self.rank_pattern[own[fqn]]) for fqn, choice in shared.items()}
 
     def alpha_of(self, fqn: str) -> float | None:
         """Return the alpha that the spec gives to a site."""

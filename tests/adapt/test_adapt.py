@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lrc
 from lrc.errors import LrcError
-from lrc.maps import Sum
+from lrc.maps import RowNorm, Sum
 
 
 class Kinds(nn.Module):
@@ -53,12 +53,12 @@ def disturb(module: nn.Module) -> None:
 EVERY = ["{table,line,image,out}"]
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "pissa", {"type": "pissa", "niter": 4}])
 def test_the_output_is_unchanged_at_the_start_and_merging_keeps_what_was_trained(method: str, init: Any) -> None:
     model, inputs = kinds()
     made = lrc.compile(model, adapt(targets=EVERY, method=method, rank=2, init=init), inputs=inputs)
-    assert all(isinstance(made.program.maps[name], Sum) for name in ("table", "line", "image", "out"))
+    assert all(isinstance(made.program.maps[name], Sum | RowNorm) for name in ("table", "line", "image", "out"))
     assert spread(made.module(**inputs), model(**inputs)) < 1e-5
     grafted = made.graft()
     disturb(grafted)

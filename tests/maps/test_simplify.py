@@ -113,7 +113,7 @@ def test_what_becomes_foldable_by_joining_is_folded_in_the_same_run() -> None:
     made = Sum(pivoted(6, 6, 3, 0), pair(6, 2, 6), pair(6, 2, 6, 5))
     smaller, notes = simplify(made)
     assert repr(smaller) == "Dense[6,6]"
-    assert [text.split(":")[0] for text in notes] == ["join low rank terms", "multiply out", "unwrap single"]
+    assert [text.split(":")[0] for text in notes] == ["join low rank terms", "multiply out", "unwrap single", "fold adapters"]
     assert_equal_maps(made, smaller)
 
 

@@ -28,7 +28,7 @@ class Dora(AdapterOptions):
 def dora(place: Place, options: Dora) -> LinearMap:
     """X -> (m / |V|) V x with V = X* + s B A; m starts at the rows' lengths |V|, so the sum starts as with LoRA.
 
-    |V| is a constant in the backward pass. Dropout acts on the branch alone (PEFT drops what the base reads a second time, too).
+    |V| is a constant in the backward pass. Dropout acts on the branch alone (in PEFT on the base as well).
     Source: Liu et al. (2024), arXiv:2402.09353, equations 5 and 11.
     """
     made = beside(place)
