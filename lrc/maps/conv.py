@@ -5,7 +5,7 @@ So it is a `LinearMap` whose `in_features` is the size of a patch; `forward` tak
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -66,13 +66,26 @@ class Conv(LinearMap):
         self.out_features, self.in_features = weight.shape[0], math.prod(weight.shape[1:])
         self.set_bias(bias)
 
+    @property
+    def spatial(self) -> int:
+        """The dimensions of the kernel."""
+        return len(self.geometry.stride)
+
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (batch, channels, *sizes)."""
         return self.geometry(x, self.weight, self.bias)
 
+    def added(self, x: Tensor, bias: Tensor | None, spatial: int, context: Mapping[str, Any]) -> Tensor:
+        """Apply the convolution with `bias` for its own, where it has none."""
+        return self.geometry(x, self.weight, bias) if self.bias is None else super().added(x, bias, spatial, context)
+
     def exact(self) -> Affine:
         """Return the matrix of patches (out_channels, patch) and the bias in float64."""
         return Affine(self.weight.detach().double().flatten(1), exact_bias(self.bias))
+
+    def matrix(self) -> Tensor:
+        """Return the matrix of patches."""
+        return self.weight.flatten(1)
 
     def cost(self, tokens: int = 1) -> Cost:
         """Return the kernel's numbers, and 2 FLOPs for each of them at every one of `tokens` output positions."""
@@ -82,7 +95,7 @@ class Conv(LinearMap):
     def structure(self) -> Structure:
         """Return the sizes and the geometry."""
         shape = list(self.weight.shape)
-        return {"map": self.word, "shape": shape, "geometry": _plain(self.geometry), "bias": self.bias is not None}
+        return {"map": self.word, "shape": shape, "geometry": plain(self.geometry), "bias": self.bias is not None}
 
     @classmethod
     def restored(cls, structure: Structure) -> "Conv":
@@ -128,6 +141,11 @@ class ConvChain(InParts):
         return tuple(getattr(self, name) for name in self.names)
 
     @property
+    def spatial(self) -> int:
+        """The dimensions of the kernels."""
+        return len(self.geometries[0].stride)
+
+    @property
     def weight(self) -> Tensor:
         """The one kernel that the chain stands for, (out_channels, in_channels, *kernel)."""
         return self._composed().to(self.dtype)
@@ -142,6 +160,10 @@ class ConvChain(InParts):
     def exact(self) -> Affine:
         """Return the matrix of patches (out_channels, patch) and the bias in float64."""
         return Affine(self._composed().flatten(1), exact_bias(self.bias))
+
+    def matrix(self) -> Tensor:
+        """Return the matrix of patches, (out_channels, patch)."""
+        return composed(self.kernels, self._groups()).flatten(1)
 
     def folded(self) -> Conv:
         """Return the one convolution that the chain stands for."""
@@ -167,7 +189,7 @@ class ConvChain(InParts):
         """Return the sizes and the geometries."""
         return {
             "map": self.word, "shapes": [list(kernel.shape) for kernel in self.kernels],
-            "geometries": [_plain(geometry) for geometry in self.geometries], "bias": self.bias is not None,
+            "geometries": [plain(geometry) for geometry in self.geometries], "bias": self.bias is not None,
         }  # fmt: skip
 
     @classmethod
@@ -178,20 +200,27 @@ class ConvChain(InParts):
         return cls(kernels, [Geometry.restored(data) for data in structure["geometries"]], bias)
 
     def _composed(self) -> Tensor:
-        """Return the product of the kernels in float64: channels contracted, spatial sizes side by side."""
-        groups = self.groups
-        parts = [
-            kernel.detach().double() if geometry.groups == groups else _ungrouped(kernel.detach().double(), geometry.groups)
-            for geometry, kernel in zip(self.geometries, self.kernels, strict=True)
-        ]
-        composed = parts[-1]
-        for kernel in reversed(parts[:-1]):
-            pairs = zip(kernel.chunk(groups), composed.chunk(groups), strict=True)
-            composed = torch.cat([_after(left, right) for left, right in pairs])
-        return composed
+        return composed([kernel.detach().double() for kernel in self.kernels], self._groups())
+
+    def _groups(self) -> list[int]:
+        return [geometry.groups for geometry in self.geometries]
 
     def __repr__(self) -> str:
         return f"ConvChain({', '.join(_sizes(kernel) for kernel in self.kernels)}){self.mark()}"
+
+
+def composed(kernels: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
+    """Return the product of kernels, first the one that is applied last: channels contracted, spatial sizes side by side.
+
+    groups: of every kernel. Where all have the same number, the product is in as many groups, else in one.
+    """
+    whole = groups[0] if len(set(groups)) == 1 else 1
+    parts = [kernel if own == whole else _ungrouped(kernel, own) for kernel, own in zip(kernels, groups, strict=True)]
+    product = parts[-1]
+    for kernel in reversed(parts[:-1]):
+        pairs = zip(kernel.chunk(whole), product.chunk(whole), strict=True)
+        product = torch.cat([_after(left, right) for left, right in pairs])
+    return product
 
 
 def _after(left: Tensor, right: Tensor) -> Tensor:
@@ -206,15 +235,16 @@ def _after(left: Tensor, right: Tensor) -> Tensor:
 
 def _ungrouped(kernel: Tensor, groups: int) -> Tensor:
     """Return the kernel of one group that does the same: zeros between the groups' channels."""
-    out, into = kernel.shape[0] // groups, kernel.shape[1]
-    whole = kernel.new_zeros(kernel.shape[0], groups * into, *kernel.shape[2:])
-    for group in range(groups):
-        rows = slice(group * out, (group + 1) * out)
-        whole[rows, group * into : (group + 1) * into] = kernel[rows]
-    return whole
+    if groups == 1:
+        return kernel
+    out = len(kernel) // groups
+    rows = torch.arange(len(kernel), device=kernel.device) // out
+    own = torch.nn.functional.one_hot(rows, groups).to(kernel.dtype)
+    return torch.einsum("oi...,og->ogi...", kernel, own).flatten(1, 2)
 
 
-def _plain(geometry: Geometry) -> dict[str, Any]:
+def plain(geometry: Geometry) -> dict[str, Any]:
+    """Return a geometry as plain data, which `Geometry.restored` reads."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(geometry).items()}
 
 

@@ -15,10 +15,10 @@ from pydantic import Field, field_validator, model_validator
 from lrc.forms import NAMES as FORMS
 from lrc.maps import LinearMap
 from lrc.measure.workload import Workload
-from lrc.program import Program
-from lrc.ranks import AllocateField, RankField
+from lrc.program import Program, Site
+from lrc.ranks import AllocateField, BreakevenRank, LearnedAllocation, RankField
 from lrc.run.plan import Decision
-from lrc.solvers import Decomposition, Moments, Need, SolverOptions
+from lrc.solvers import Decomposition, GroupOptions, Moments, Need, SolverOptions
 from lrc.spec.base import Tagged
 from lrc.spec.patterns import check_pattern
 from lrc.spec.registry import PASSES, SOLVERS, Registered, Rule
@@ -36,7 +36,16 @@ class PassOptions(Tagged):
     ignore: list[str] = Field(default=[], description="Patterns of sites that stay as they are.")
     optional: bool = Field(default=False, description="Let a pattern match nothing; otherwise that is an error.")
     needs: ClassVar[frozenset[Need]] = frozenset()
-    decomposes: ClassVar[bool] = False
+    structural: ClassVar[bool] = True  # a pass that changes values alone is not carried out while planning
+    looks_back: ClassVar[bool] = False  # whether it uses the program as it was before all passes
+
+    def datasets(self) -> dict[str, str]:
+        """Return the data files of the pass by the names of their options."""
+        return {}
+
+    def obstacle_at(self, site: Site) -> str | None:
+        """Return why the pass can do nothing at a site, or None: that its layout has no products, where no map stands yet."""
+        return None if site.fqn in site.program.maps else site.layout.obstacle()
 
     @field_validator("targets", "ignore")
     @classmethod
@@ -49,7 +58,6 @@ class PassOptions(Tagged):
 class RankedOptions(PassOptions):
     """A pass whose maps have a rank, chosen from a decomposition of every weight."""
 
-    decomposes: ClassVar[bool] = True
     solver: Annotated[SolverOptions, Registered(SOLVERS)] = Field(
         description="How a weight is decomposed: a name, or a mapping with `type`."
     )
@@ -57,8 +65,9 @@ class RankedOptions(PassOptions):
     allocate: AllocateField = Field(
         default="auto",
         description="How a budget over all targets is shared: by marginal loss per cost (global), to the least loss by integer "
-        "programming (exact), equally (uniform), or by the inverse logarithm of the loss (loss_log_inverse); auto: global "
-        "where the solver's losses may be compared between layers (kfac), else uniform.",
+        "programming (exact), equally (uniform), by the inverse logarithm of the loss (loss_log_inverse), or by training every "
+        "layer's truncation on the model's own loss (learned, or a mapping of its options); auto: global where the solver's "
+        "losses may be compared between layers (kfac), learned for `dobi`, else uniform.",
     )
     form: Literal[*FORMS] = Field(  # type: ignore[valid-type]  # the list of forms is one tuple
         default="auto",
@@ -73,6 +82,10 @@ class RankedOptions(PassOptions):
         "linear its own map, or refuse.",
     )
 
+    def obstacle_at(self, site: Site) -> str | None:
+        """Return why a weight cannot be decomposed, or None; one in groups can, block by block."""
+        return None if site.fqn in site.program.maps else site.layout.obstacle_in_groups(site.shape)
+
     @model_validator(mode="after")
     def _rank_that_the_solver_can_know(self) -> Self:
         """Refuse to choose among ranks by their losses where the solver knows the loss of one rank alone."""
@@ -81,6 +94,24 @@ class RankedOptions(PassOptions):
             raise ValueError(
                 f"the solver `{self.solver.type}` decomposes anew for every rank, so `rank: {{{policy}: …}}` has nothing to "
                 "choose from; give a whole number, {fraction: …} or {breakeven: …}, or choose another solver"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _form_that_the_solver_has(self) -> Self:
+        """Refuse what has no meaning for several weights together."""
+        if isinstance(self.solver, GroupOptions):
+            if self.form != "auto":
+                raise ValueError(f"the solver `{self.solver.type}` has a form of its own; leave `form` out")
+            if isinstance(self.rank, BreakevenRank):
+                raise ValueError(
+                    f"the solver `{self.solver.type}` decomposes several weights together, which have no one breakeven rank; "
+                    "give a whole number, {fraction: …}, {energy: …} or a budget"
+                )
+        learned = self.allocate == "learned" or isinstance(self.allocate, LearnedAllocation)
+        if learned and isinstance(self.solver, GroupOptions):
+            raise ValueError(
+                f"`allocate: learned` trains sites one by one, and `{self.solver.type}` decomposes several together"
             )
         return self
 

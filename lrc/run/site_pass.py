@@ -13,8 +13,10 @@ from lrc.forms import forms_of, kernel_form
 from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
-from lrc.ranks import Choice, SiteCurve, allocate_ranks
-from lrc.run.budget import check_shapes, priced, rest_of, spent, with_latency
+from lrc.ranks import Choice, GroupCurve, SiteCurve
+from lrc.run.budget import check_shapes, priced, spent, with_latency
+from lrc.run.group_pass import apply_groups, plan_groups
+from lrc.run.mixed import modules_of, share_out, with_solver
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
@@ -22,6 +24,7 @@ from lrc.run.selection import Selected, select_sites
 from lrc.run.session import Session, settled
 from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
+from lrc.solvers import GroupOptions
 from lrc.spec.registry import PASSES, Rule
 
 Made = LinearMap | Rewrite | Keep
@@ -89,21 +92,19 @@ class RankedSitePass(SitePass):
     def plan(self, program: Program, session: Session, options: Any, index: int) -> Sequence[Decision]:
         """Decompose every selected weight, and let the rank policy choose."""
         options = settled(program, options)
+        if isinstance(options.solver, GroupOptions):
+            return plan_groups(program, session, options, index)
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
         check_shapes(program, session, options)
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
-        found = allocate_ranks(
-            list(curves.values()),
-            options.rank,
-            allocate=options.allocate,
-            round_to=options.round_to,
-            rest=rest_of(program, curves),
-        )
+        found = share_out(program, session, options, index, selected, curves, terms)
         before = in_groups(program, free) if compressed(options) else {}
-        decisions = []
+        decisions = list(found.decisions)
         for chosen in selected:
+            if chosen.fqn not in found.choices and not chosen.keep:
+                continue  # it is in the decision of a group
             made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
             if not chosen.keep:
                 made = replace(made, after_sites=before.get(chosen.fqn, ()))
@@ -111,7 +112,10 @@ class RankedSitePass(SitePass):
                     made = replace(made, notes=(no_front(options),))
                 made = self.decide(made, program.sites[chosen.fqn], found.choices[chosen.fqn], curves[chosen.fqn], terms)
             decisions.append(made)
-        session.notices += [*found.notes, *spent(options, curves, decisions)]
+        places = {chosen.fqn: place for place, chosen in enumerate(selected)}
+        decisions.sort(key=lambda d: places[d.sites[0]])
+        known: dict[str, SiteCurve | GroupCurve] = {**curves, **found.curves}
+        session.notices += [*found.notes, *spent(options, known, decisions)]
         return [with_latency(options, curves, d) for d in decisions]
 
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:
@@ -143,6 +147,19 @@ class RankedSitePass(SitePass):
     def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Make the maps from the stored decompositions, or one group after the other behind the compressed ones."""
         options = settled(program, options)
+        if isinstance(options.solver, GroupOptions):
+            return apply_groups(program, session, options, decisions)
+        modules = modules_of(program, options)
+        groups = [d for d in decisions if len(d.sites) > 1] if modules else []
+        joint = apply_groups(program, session, with_solver(options, modules), groups) if modules and groups else []
+        alone = self.apply_alone(program, session, options, [d for d in decisions if d not in groups])
+        made = {d.name: d for d in [*joint, *alone]}
+        return [made[d.name] for d in decisions]
+
+    def apply_alone(
+        self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]
+    ) -> Sequence[Decision]:
+        """Make the maps of sites that are decided one by one."""
         work = [d for d in decisions if d.keep is None]
         done = {d.name: d for d in decisions}
         if compressed(options):

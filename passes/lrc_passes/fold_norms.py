@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lrc.maps import LinearMap, scale_outputs
-from lrc.program import Program
+from lrc.program import Program, Site
 from lrc.program.batch_norms import BatchNorm, fold_norm, norm_after
 from lrc.run import Decision, PassOptions, program_pass
 from lrc.run.plan import Summary
@@ -28,6 +28,10 @@ class FoldNorms(PassOptions):
     """Fold batch norms into the linears and convolutions before them."""
 
     type: Literal["fold_norms"] = "fold_norms"
+
+    def obstacle_at(self, site: Site) -> str | None:
+        """Return None: any weight will do."""
+        return None
 
 
 @program_pass(FoldNorms)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lrc.measure.norm_statistics import norm_statistics
-from lrc.program import Program
+from lrc.program import Program, Site
 from lrc.program.batch_norms import norm_node, set_statistics
 from lrc.run import Decision, PassOptions, program_pass
 from lrc.run.selection import Selected, select_sites
@@ -25,6 +25,10 @@ class ReestimateNorms(PassOptions):
     """Measure the statistics of the batch norms behind linears and convolutions again."""
 
     type: Literal["reestimate_norms"] = "reestimate_norms"
+
+    def obstacle_at(self, site: Site) -> str | None:
+        """Return None: any weight will do."""
+        return None
 
 
 @program_pass(ReestimateNorms)
