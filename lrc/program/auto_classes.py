@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from lrc.errors import ModelError
-from lrc.maps import restore
+from lrc.maps import restore_module
 from lrc.program.checks import check_finite, need_transformers
 from lrc.program.graft import forget_ties, share_factors
+from lrc.program.owners import owned, place
 
 PREFIX = "lrc_"
 FORMAT = 1
@@ -104,9 +105,9 @@ def install(model: nn.Module, section: Mapping[str, Any]) -> None:
     torch.set_default_dtype(dtype if isinstance(dtype, torch.dtype) else previous)
     try:
         for fqn, structure in section["sites"].items():
-            place = _place(model, fqn, prefix)
-            if place is not None:
-                model.set_submodule(place, restore(structure))
+            found = _place(model, fqn, prefix)
+            if found is not None:
+                place(model, found, restore_module(structure))
     finally:
         torch.set_default_dtype(previous)
 
@@ -117,7 +118,8 @@ def _place(model: nn.Module, fqn: str, prefix: str) -> str | None:
         try:
             model.get_submodule(name)
         except AttributeError:
-            continue
+            if not owned(model, name):
+                continue
         return name
     return None
 

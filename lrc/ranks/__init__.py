@@ -1,8 +1,9 @@
 """Rank policies and allocators: pure functions from spectra, sizes and a budget to ranks."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+from lrc.ranks.allocate_field import AllocateField
 from lrc.ranks.base import (
     Choice,
     FixedRank,
@@ -17,12 +18,13 @@ from lrc.ranks.base import (
     rank_policy,
 )
 from lrc.ranks.budgets import (
-    AllocateField,
     Allocation,
+    Allocator,
     FlopsKept,
     LatencyKept,
     LatencyMs,
     ParamsKept,
+    Search,
     Setting,
     SizeMb,
     flops_kept,
@@ -31,8 +33,10 @@ from lrc.ranks.budgets import (
     params_kept,
     size_mb,
 )
-from lrc.ranks.candidates import Candidates, Offer, Unit
+from lrc.ranks.candidates import Budget, Candidates, Offer, Unit
+from lrc.ranks.contribution import Contribution, ContributionRank, contribution
 from lrc.ranks.joint import GroupCurve, measured_of
+from lrc.ranks.learned import LearnedAllocation
 from lrc.ranks.mixed import MixedCurve
 from lrc.ranks.policies import (
     BreakevenRank,
@@ -55,6 +59,7 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
     flops_kept,
     latency_kept,
     latency_ms,
+    contribution,
 )
 
 
@@ -62,27 +67,33 @@ def allocate_ranks(
     curves: Sequence[SiteCurve | GroupCurve | MixedCurve],
     options: RankPolicy,
     *,
-    allocate: AllocateField = "auto",
+    allocate: Allocator | Literal["auto"] = "auto",
     round_to: int = 1,
     rest: int = 0,
+    search: Search | None = None,
 ) -> Allocation:
     """Return every site's (or group's) rank and form, or the reason why it stays dense, and what there is to note.
 
     allocate "auto": global where the losses of different layers may be compared, else uniform. rest: bytes of the model
-    beside what the sites free.
+    beside what the sites free. search: what improves that allocation with the model at hand (`learned`).
     """
     rule = RANKS.for_options(options)
     if type(options).budget:
         if allocate == "auto":
             allocate = "global" if all(curve.additive for curve in curves) else "uniform"
-        found: Allocation = rule(curves, options, Setting(allocate, round_to, rest))
+        found: Allocation = rule(curves, options, Setting(allocate, round_to, rest, search))
         return found
     alone = [curve for curve in curves if not isinstance(curve, MixedCurve)]  # these are offered under a budget alone
     return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in alone})
 
 
 def choose(
-    curves: Sequence[SiteCurve], options: RankPolicy, *, allocate: AllocateField = "auto", round_to: int = 1, rest: int = 0
+    curves: Sequence[SiteCurve],
+    options: RankPolicy,
+    *,
+    allocate: Allocator | Literal["auto"] = "auto",
+    round_to: int = 1,
+    rest: int = 0,
 ) -> dict[str, Choice]:
     """Return the choices of `allocate_ranks` alone."""
     return allocate_ranks(curves, options, allocate=allocate, round_to=round_to, rest=rest).choices
@@ -110,9 +121,13 @@ __all__ = [
     "BUILTIN",
     "AllocateField",
     "Allocation",
+    "Allocator",
     "BreakevenRank",
+    "Budget",
     "Candidates",
     "Choice",
+    "Contribution",
+    "ContributionRank",
     "EnergyRank",
     "FixedRank",
     "FlopsKept",
@@ -121,12 +136,14 @@ __all__ = [
     "GroupCurve",
     "LatencyKept",
     "LatencyMs",
+    "LearnedAllocation",
     "MixedCurve",
     "Offer",
     "ParamsKept",
     "ProductForm",
     "RankField",
     "RankPolicy",
+    "Search",
     "Setting",
     "SiteCurve",
     "SizeMb",
@@ -134,6 +151,7 @@ __all__ = [
     "Unit",
     "allocate_ranks",
     "choose",
+    "contribution",
     "measured_of",
     "measured_ranks",
     "product_size",

@@ -19,16 +19,20 @@ from lrc.ranks.mixed import MixedCurve
 Curve = SiteCurve | GroupCurve | MixedCurve
 Places = tuple[list[int], tuple[str, ...]]  # one a site, and what the plan should say
 Allocator = Literal["global", "uniform", "exact", "loss_log_inverse"]
-AllocateField = Literal["auto", "global", "uniform", "exact", "loss_log_inverse"]
+Search = Callable[[Sequence[Candidates], Budget, Sequence[int]], Places]  # from the places of another allocator
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What stands beside a budget: who shares it, the multiple that ranks are of, and the bytes of the rest of the model."""
+    """What stands beside a budget: who shares it, the multiple that ranks are of, and the bytes of the rest of the model.
+
+    search: what improves the places of `allocate` with the model at hand, where they are learned.
+    """
 
     allocate: Allocator
     round_to: int = 1
     rest: int = 0
+    search: Search | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,8 @@ SMALLER: dict[Unit, str] = {"numbers": "smaller", "bytes": "smaller", "flops": "
 def share_out(sites: Sequence[Candidates], budget: Budget, setting: Setting, unit: Unit) -> Allocation:
     """Return the choices of the setting's allocator."""
     places, notes = ALLOCATORS[setting.allocate](sites, budget)
+    if setting.search is not None:
+        places, notes = setting.search(sites, budget, places)
     return Allocation({site.name: _choice(site, place, unit) for site, place in zip(sites, places, strict=True)}, notes)
 
 

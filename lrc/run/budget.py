@@ -73,7 +73,7 @@ def operators(site: Site, curve: SiteCurve, round_to: int) -> dict[str, Structur
 
 def indices(site: Site) -> int:
     """Return how many indices a site's input may hold, or 0 where it holds numbers."""
-    return site.in_features if site.kind == "embedding" else 0
+    return site.in_features if site.layout.looked_up else 0
 
 
 def together(tables: list[Table]) -> Times:

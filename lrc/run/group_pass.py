@@ -12,6 +12,7 @@ from lrc.program.absorb import absorb_places
 from lrc.ranks import Choice, GroupCurve, allocate_ranks, measured_of
 from lrc.run.budget import check_shapes, rest_of, spent, together, unit_of, with_latency
 from lrc.run.groups import Group, GroupStore, check_rank, find_groups, maps_of, summarize_all
+from lrc.run.learning import allocator
 from lrc.run.plan import Decision
 from lrc.run.selection import Selected, select_sites
 from lrc.run.session import Session
@@ -32,7 +33,7 @@ def plan_groups(program: Program, session: Session, options: Any, index: int) ->
     found = allocate_ranks(
         list(curves.values()),
         options.rank,
-        allocate=options.allocate,
+        allocate=allocator(options)[0],
         round_to=options.round_to,
         rest=rest_of(program, curves),
     )

@@ -14,9 +14,11 @@ from lrc.ranks.mixed import APART
 from lrc.run.budget import rest_of, unit_of
 from lrc.run.group_pass import curves_of, decide
 from lrc.run.groups import GroupStore, find_groups
+from lrc.run.learning import allocator, learning
 from lrc.run.plan import Decision
 from lrc.run.selection import Selected
 from lrc.run.session import Session
+from lrc.run.statistics import Terms
 from lrc.solvers import GroupOptions
 
 
@@ -49,14 +51,19 @@ def share_out(
     index: int,
     selected: Sequence[Selected],
     curves: Mapping[str, SiteCurve],
+    terms: Terms,
 ) -> Shared:
-    """Let the rank policy choose among the ranks of every site, and of groups of them where the solver offers any."""
-    solver = modules_of(program, options)
+    """Let the rank policy choose among the ranks of every site, and of groups of them where the solver offers any.
+
+    Where the allocation is learned, sites stand alone: only their truncation can be trained.
+    """
+    allocate, how = allocator(options)
+    solver = None if how is not None else modules_of(program, options)
     groups = [] if solver is None else find_groups(program, list(curves), solver)
     if solver is None or not groups:
         found = allocate_ranks(
-            list(curves.values()), options.rank, allocate=options.allocate, round_to=options.round_to,
-            rest=rest_of(program, curves),
+            list(curves.values()), options.rank, allocate=allocate, round_to=options.round_to,
+            rest=rest_of(program, curves), search=learning(program, session, options, terms, how),
         )  # fmt: skip
         return Shared(found.choices, (), {}, found.notes)
     grouped = with_solver(options, solver)
@@ -68,9 +75,7 @@ def share_out(
     }
     inside = {fqn for g in groups for fqn in g.sites}
     offered: list[MixedCurve | SiteCurve] = [*mixed.values(), *(curve for fqn, curve in curves.items() if fqn not in inside)]
-    found = allocate_ranks(
-        offered, options.rank, allocate=options.allocate, round_to=options.round_to, rest=rest_of(program, curves)
-    )
+    found = allocate_ranks(offered, options.rank, allocate=allocate, round_to=options.round_to, rest=rest_of(program, curves))
     unit = unit_of(options)
     assert unit is not None, "groups are offered under a budget alone"
     rules = {s.fqn: s for s in selected}

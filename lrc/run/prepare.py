@@ -19,6 +19,7 @@ from lrc.run.job import calibration_request
 from lrc.run.session import Progress, Session, silent
 from lrc.spec.document import Document
 from lrc.spec.load import load_document
+from lrc.verify.metrics.base import MetricOptions
 
 CACHE = ".lrc-cache"
 NEEDS = {"hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -88,15 +89,21 @@ def prepare(
         spec_path=file,
         progress=progress,
         has_data=calibration is not None or document.calibration is not None,
+        allow_code=allow_code,
     )
     return Prepared(program, document, file, session)
 
 
 def check_data(document: Document, base: Path, *, calibration: bool = True) -> None:
-    """Raise UsageError when a data file is missing: before a model is loaded, and not after all else is done."""
+    """Raise UsageError for a missing file, or a metric that cannot be: before a model is loaded, not after all else is done."""
     judged = document.evaluate
+    for i, options in enumerate(judged.metrics):
+        assert isinstance(options, MetricOptions)
+        options.check(judged.max_length, f"evaluate.metrics.{i}")
     named: dict[str, str | None] = {"evaluate.dataset": judged.dataset if judged.metrics else None}
     named |= {f"evaluate.metrics.{i}.dataset": getattr(m, "dataset", None) for i, m in enumerate(judged.metrics)}
+    for i, options in enumerate(document.passes):
+        named |= {f"passes.{i}.{key}": dataset for key, dataset in getattr(options, "datasets", dict)().items()}
     if calibration and document.calibration is not None:
         named = {"calibration.dataset": document.calibration.dataset, **named}
     for place, dataset in named.items():

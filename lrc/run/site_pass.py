@@ -98,7 +98,7 @@ class RankedSitePass(SitePass):
         check_shapes(program, session, options)
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
-        found = share_out(program, session, options, index, selected, curves)
+        found = share_out(program, session, options, index, selected, curves, terms)
         before = in_groups(program, free) if compressed(options) else {}
         decisions = list(found.decisions)
         for chosen in selected:

@@ -44,6 +44,10 @@ class Terms:
         self._keys = keys
         self._spectra: dict[str, Decomposition] = {}
 
+    def key(self, fqn: str) -> str:
+        """Return the content hash that a decomposition is stored under."""
+        return self._keys[fqn]
+
     def missing(self) -> list[str]:
         """Return the sites whose decomposition is not stored yet."""
         for fqn, key in self._keys.items():
@@ -87,7 +91,7 @@ class Terms:
             index=4 * site.out_features / site.dtype.itemsize,
             additive=terms.unit == LOSS_UNIT,
             itemsize=site.dtype.itemsize,
-            looked_up=site.kind == "embedding",
+            looked_up=site.layout.looked_up,
             now={
                 "numbers": now.parameters - bias.parameters,
                 "bytes": 0 if stays else now.bytes - bias.bytes,

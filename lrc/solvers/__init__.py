@@ -7,6 +7,7 @@ from lrc.solvers.altmin import AltminSolver, altmin
 from lrc.solvers.auto import AutoSolver, auto
 from lrc.solvers.base import LOSS_UNIT, Decomposition, Factors, Moments, Need, Solve, SolverOptions, solver
 from lrc.solvers.basis_sharing import BasisSharingSolver, basis_sharing
+from lrc.solvers.dobi import DobiSolver, dobi
 from lrc.solvers.fisher import FisherOptions
 from lrc.solvers.gram import GramSolver, gram
 from lrc.solvers.groups import Grouping, GroupOptions, GroupTerms, Member, Part, Places, SolveGroup, WeightGroup
@@ -24,7 +25,7 @@ from lrc.solvers.whitened import WhitenedSolver, whitened
 from lrc.spec.registry import Rule
 
 BUILTIN: tuple[Rule[Any, Any], ...] = (
-    kfac, whitened, afm, lord, asvd, fwsvd, svd, gram, randomized, auto, altmin, snmf, nmf, random_init,
+    kfac, whitened, afm, lord, dobi, asvd, fwsvd, svd, gram, randomized, auto, altmin, snmf, nmf, random_init,
     basis_sharing, modular,
 )  # fmt: skip
 
@@ -37,6 +38,7 @@ __all__ = [
     "AutoSolver",
     "BasisSharingSolver",
     "Decomposition",
+    "DobiSolver",
     "Factors",
     "FisherOptions",
     "FwsvdSolver",
@@ -71,6 +73,7 @@ __all__ = [
     "asvd",
     "auto",
     "basis_sharing",
+    "dobi",
     "fwsvd",
     "gram",
     "kfac",
