@@ -21,6 +21,7 @@ import lrc
 LEARNED = {"type": "learned", "steps": 64}
 FACTORIZE: dict[str, dict[str, Any]] = {
     "kfac": {"solver": {"type": "kfac", "fisher": "labels"}},
+    "kfac_alone": {"solver": {"type": "kfac", "fisher": "labels", "modules": False}},
     "kfac_learned": {"solver": {"type": "kfac", "fisher": "labels"}, "allocate": LEARNED},
     "dobi": {"solver": "dobi", "allocate": LEARNED},
     "dobi_two_factor": {"solver": "dobi", "allocate": LEARNED, "form": "two_factor"},

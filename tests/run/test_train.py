@@ -115,6 +115,27 @@ def test_lora_trains_its_factors_alone_and_merges(llama: Path, data: Path, tmp_p
     assert not torch.allclose(found, made.dense(input_ids=ids)["logits"], atol=1e-2)
 
 
+def test_sora_closes_gates_exactly_and_merging_keeps_the_outputs(llama: Path, data: Path, tmp_path: Path) -> None:
+    program = lrc.capture(str(llama))
+    adapt = {"type": "adapt", "method": "sora", "targets": [LAYERS], "rank": 4}
+    learn = train(None, "causal_lm", steps=40, recipe={"type": "sora", "to": 3e-2, "values": 3, "each": 8}) | {
+        "data": {"dataset": str(data / "stream.txt"), "max_length": 16},
+        "optimizer": {"type": "proximal_adamw", "lr": 1e-2, "threshold": 1e-2},
+    }
+    made = compiled(program, tmp_path, adapt, learn)
+    gates = [p for n, p in made.program.graph_module.named_parameters() if n.endswith("gate.diagonal")]
+    closed = sum(int((g == 0).sum()) for g in gates)
+    assert len(gates) == 7
+    assert closed > 0
+    assert f"train: {closed} of 28 gates are closed" in made.plan.notes
+    merged = compiled(program, tmp_path, adapt, learn, {"type": "merge"})
+    ids = torch.randint(4, 40, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, wanted = (c.program(input_ids=ids)["logits"] for c in (merged, made))
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert merged.program.size()[0] < made.program.size()[0]
+
+
 @pytest.mark.parametrize("optimizer", ["fira", "galore", "adamw8bit", "riemannian_adamw", "proximal_adamw", "sgd"])
 def test_every_optimizer_trains_through_the_spec(optimizer: str, tmp_path: Path) -> None:
     more = {"rank": 2} if optimizer in ("fira", "galore") else {}
