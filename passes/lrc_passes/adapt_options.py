@@ -103,7 +103,8 @@ class Adapt(PassOptions):
         curves = [SiteCurve(fqn, *shape, losses=nothing, S=nothing, form="two_factor") for fqn, shape in shapes.items()]
         shared = allocate_ranks(curves, self.rank, allocate="uniform").choices
         own = {fqn: matching(self.rank_pattern, fqn) for fqn in shapes}
-        return {fqn: choice if own[fqn] is None else Choice(self.rank_pattern[own[fqn]]) for fqn, choice in shared.items()}
+        named = {fqn: Choice(self.rank_pattern[pattern]) for fqn, pattern in own.items() if pattern is not None}
+        return {**shared, **named}
 
     def alpha_of(self, fqn: str) -> float | None:
         """Return the alpha that the spec gives to a site."""
