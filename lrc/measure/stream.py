@@ -22,7 +22,7 @@ def stream_moments(program: Program, stream: Stream, batches: Batches, *, normal
     walk = _Walk(program, stream, normalized=normalized)
     with torch.no_grad():
         for batch in batches:
-            walk.masks = padding_masks(batch)
+            walk.masks, walk.over = padding_masks(batch), False
             walk.run(*placeholder_values(program, batch))
     return walk.means()
 
@@ -35,8 +35,12 @@ class _Walk(fx.Interpreter):
         self.norms = {norm.reads: norm for norm in stream.norms}
         self.traced = traced_masks(program)
         self.masks: dict[str, Tensor] = {}
+        self.last = [n.name for n in program.graph_module.graph.nodes if n.name in self.norms][-1]
+        self.over = False
 
     def run_node(self, n: fx.Node) -> Any:
+        if self.over:  # what follows the last norm (a head, most often) tells nothing
+            return None
         value = super().run_node(n)
         if n.name in self.moments:
             norm = self.norms[n.name]
@@ -47,6 +51,7 @@ class _Walk(fx.Interpreter):
             if self.normalized:
                 rows = rows * torch.rsqrt(rows.square().mean(1, keepdim=True) + norm.eps)
             self.moments[n.name].add(rows)
+            self.over = n.name == self.last
         return value
 
     def means(self) -> list[Tensor]:

@@ -15,8 +15,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lrc.data import Batch, Batches
+from lrc.data.batches import IGNORED
 from lrc.measure.cache import Cache
-from lrc.measure.cotangents import IGNORED, has_classes, labels_of, without_padding
+from lrc.measure.cotangents import has_classes, labels_of, without_padding
 from lrc.program import Program
 from lrc.program.readout import readout
 from lrc.ranks.candidates import Budget, Candidates

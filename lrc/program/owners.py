@@ -22,8 +22,8 @@ def owned(model: nn.Module, fqn: str) -> bool:
     return bool(owner) and (type(parent) in OWNERS or isinstance(parent, MAPPED))
 
 
-def place(model: nn.Module, fqn: str, made: LinearMap) -> None:
-    """Put a map at a name: in place of the module there, or of the weight of that name in a module that owns several.
+def place(model: nn.Module, fqn: str, made: nn.Module) -> None:
+    """Put a map or a norm at a name: in place of the module there, or of the weight of that name in a module of several.
 
     Such a module (`nn.MultiheadAttention`) is replaced by one that calls maps. Raises AttributeError where there is neither.
     """
@@ -36,5 +36,6 @@ def place(model: nn.Module, fqn: str, made: LinearMap) -> None:
     if not isinstance(parent, MAPPED):
         parent = OWNERS[type(parent)](parent)
         model.set_submodule(owner, parent)
+    assert isinstance(made, LinearMap), "a weight's place takes a map"
     made.train(parent.training)
     parent.put(name, made)

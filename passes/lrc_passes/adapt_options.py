@@ -102,9 +102,8 @@ class Adapt(PassOptions):
         nothing = torch.empty(0)
         curves = [SiteCurve(fqn, *shape, losses=nothing, S=nothing, form="two_factor") for fqn, shape in shapes.items()]
         shared = allocate_ranks(curves, self.rank, allocate="uniform").choices
-        own = {fqn: matching(self.rank_pattern, fqn) for fqn in shapes}
-        named = {fqn: Choice(self.rank_pattern[pattern]) for fqn, pattern in own.items() if pattern is not None}
-        return {**shared, **named}
+        own = {fqn: pattern for fqn in shapes if (pattern := matching(self.rank_pattern, fqn)) is not None}
+        return shared | {fqn: Choice(self.rank_pattern[pattern]) for fqn, pattern in own.items()}
 
     def alpha_of(self, fqn: str) -> float | None:
         """Return the alpha that the spec gives to a site."""

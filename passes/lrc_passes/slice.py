@@ -94,10 +94,9 @@ class SlicePass:
             return [kept(program, index, s, reason) for s in selected.values()]
         _, shares = bases_of(program, session, stream, options)
         others = [fqn for fqn in touched if fqn not in selected]
+        session.notices.append(sizes.told(counted, width))
         if others:
-            session.notices.append(
-                f"slice: {len(others)} sites beside the targets lie on the stream and are cut too: {listed(others)}"
-            )
+            session.notices.append(f"slice: beside the targets {listed(others)} lie on the stream and are cut too")
         made = []
         for fqn in [*selected, *others]:
             chosen = selected.get(fqn, Selected(fqn, STREAM))

@@ -61,6 +61,24 @@ class Sizes:
         text = parts[0].text if len(parts) == 1 else f"{parts[0].text} + {', '.join(part.text for part in parts[1:])}"
         return Summary(text, sum(p.parameters for p in parts), sum(p.bytes for p in parts), sum(p.flops for p in parts))
 
+    def before(self, counted: Sequence[str]) -> int:
+        """Return the parameters of some sites as they are."""
+        return sum(self.program.sites[fqn].map.cost(1).parameters for fqn in counted)
+
+    def total(self, counted: Sequence[str], width: int) -> int:
+        """Return the parameters of some sites at a width, with every matrix between bases."""
+        cut = [fqn for fqn in counted if fqn in self.touched]
+        beside = [fqn for fqn in self.shortcuts if fqn not in cut]  # those count, whoever is a target
+        still = self.before([fqn for fqn in counted if fqn not in self.touched])
+        matrices = sum(self.shortcuts[fqn] for fqn in beside) * width**2
+        return still + sum(self.after(fqn, width).parameters for fqn in cut) + matrices
+
+    def told(self, counted: Sequence[str], width: int) -> str:
+        """Return a line for the plan on what the budget counts."""
+        before, after = self.before(counted), self.total(counted, width)
+        share = f" ({after / before:.1%} kept)" if before else ""
+        return f"slice: {width} of {self.stream.width} features stay; parameters of the targets: {before} → {after}{share}"
+
     def _map(self, site: Site, width: int) -> LinearMap:
         reads, writes = site.fqn in self.stream.readers, site.fqn in self.stream.writers
         out_features, in_features = width if writes else site.out_features, width if reads else site.in_features
@@ -93,26 +111,18 @@ def chosen_width(sizes: Sizes, counted: Sequence[str], options: Cut) -> int:
             raise UsageError(STREAM, expected=f"rank <= {full} (its features)", got=str(rank.rank), hint="Lower `rank`")
         return rank.rank
     if isinstance(rank, FractionRank):
-        return full if rank.fraction == 1 else max(step, rank.most(full, full) // step * step)
+        return full if rank.fraction == 1 else min(full, max(step, rank.most(full, full) // step * step))
     assert isinstance(rank, ParamsKept), "the options have checked it"
-    before = {fqn: sizes.program.sites[fqn].map.cost(1).parameters for fqn in counted}
-    amount = rank.params_kept * sum(before.values()) * (1 + 1e-12)
     if rank.params_kept == 1:
         return full
-    still = sum(size for fqn, size in before.items() if fqn not in sizes.touched)
-    extra = [fqn for fqn in sizes.shortcuts if fqn not in before]  # matrices between bases count, whoever is a target
-
-    def cost(width: int) -> int:
-        return (
-            still + sum(sizes.after(fqn, width).parameters for fqn in counted if fqn in sizes.touched) + len(extra) * width**2
-        )
-
+    before = sizes.before(counted)
+    amount = rank.params_kept * before * (1 + 1e-12)
     low, high = 0, (full - 1) // step
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(middle * step) <= amount else (low, middle - 1)
+        low, high = (middle, high) if sizes.total(counted, middle * step) <= amount else (low, middle - 1)
     if low == 0:
-        least = cost(step) / max(sum(before.values()), 1)
+        least = sizes.total(counted, step) / max(before, 1)
         raise UsageError("rank.params_kept", expected=f"at least {least:.4g} (a stream of {step})", got=f"{rank.params_kept:g}")
     return low * step
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from torch import Tensor, nn
 
 import lrc
 from lrc.measure import truncation
@@ -63,3 +65,28 @@ def test_what_was_learned_is_found_again(session: Callable[..., Session], monkey
     first = make_plan(tiny.captured_mlp(), [asked], session())
     monkeypatch.setattr(truncation, "Training", lambda *_: pytest.fail("something was learned again"))
     assert make_plan(tiny.captured_mlp(), [asked], session()) == first
+
+
+class Mixed(nn.Module):
+    """A table, a convolution over what it gives, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv, self.head = nn.Embedding(20, 12), nn.Conv1d(12, 16, 3, padding=1), nn.Linear(16, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.relu(self.conv(self.table(ids).transpose(1, 2))).transpose(1, 2))
+
+
+@pytest.mark.parametrize("solver", ["dobi", "kfac"])
+def test_tables_and_convolutions_are_learned_too(solver: str, compiled: Compile) -> None:
+    torch.manual_seed(0)
+    ids = [torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    done = compiled(
+        Mixed().eval(), inputs=(ids[0],), calibration=[(batch,) for batch in ids], solver=solver,
+        targets=["table", "conv", "head"], rank={"params_kept": 0.6}, allocate=FEW,
+    )  # fmt: skip
+    before, after = totals(done.plan.decisions)
+    assert after <= 0.6 * before
+    assert {d.name for d in done.plan.decisions} == {"table", "conv", "head"}
+    assert done.plan.notes[0].startswith("learned allocation: loss ")

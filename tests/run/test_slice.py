@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from models import block
+from models import Captured, block, inputs_for
 from torch import Tensor, nn
 
 import lrc
@@ -151,8 +151,9 @@ def test_the_plan_is_what_is_carried_out(program: Callable[[str], Any], data: Pa
     planned, done = lrc.plan(program("llama"), asked), lrc.compile(program("llama"), asked)
     assert planned.decisions == done.plan.decisions
     assert planned.parameters == done.plan.parameters == (planned.parameters[0], done.program.size()[0])
-    (note,) = planned.notes
-    assert "2 sites beside the targets lie on the stream" in note
+    counted = totals([d for d in planned.decisions if d.rule != "the residual stream"])
+    assert f"parameters of the targets: {counted[0]} → {counted[1]} (" in planned.notes[0]
+    assert planned.notes[1] == "slice: beside the targets model.embed_tokens, lm_head lie on the stream and are cut too"
 
 
 def test_the_predicted_loss_is_the_share_of_the_stream_that_is_dropped(data: Path, in_tmp: Path) -> None:
@@ -242,3 +243,16 @@ def test_a_budget_that_the_stream_knows_nothing_of_is_refused(program: Callable[
 def test_an_encoder_with_norms_behind_its_blocks_is_refused(bert: Path, data: Path, in_tmp: Path) -> None:
     with pytest.raises(UsageError, match="post-norm"):
         lrc.plan(str(bert), spec(data, rank=8))
+
+
+@bases
+@pytest.mark.parametrize("name", ["qwen3", "opt"])
+def test_other_architectures_are_the_same_at_full_width(
+    name: str, bases: str, captured: Callable[[str], Captured], in_tmp: Path
+) -> None:
+    """Norms of the heads beside those of the stream (Qwen3); positions with an offset, LayerNorms (OPT)."""
+    dense, given = captured(name).program, inputs_for(name, 2, 7, padded=False)
+    asked = {"version": 1, "passes": [{"type": "slice", "rank": 16, "bases": bases}]}
+    done = lrc.compile(dense, asked, calibration=[given])
+    wanted, found = (p(**given)["logits"].detach() for p in (dense, done.program))
+    assert float((found - wanted).abs().max()) <= rounding(wanted)
