@@ -43,8 +43,8 @@ def extract_lora(base: Model, tuned: Annotated[str, typer.Argument(help="The mod
     from lrc.run import adapter_jobs
     from lrc.run.prepare import capture
 
-    models = (capture(name, allow_code=allow_code) for name in (base, tuned))
-    done = adapter_jobs.extract_lora(*models, output, rank, targets or ("**",), ignore or ())
+    before, after = (capture(name, allow_code=allow_code) for name in (base, tuned))
+    done = adapter_jobs.extract_lora(before, after, output, rank, targets or ("**",), ignore or ())
     rows = [{"site": fqn, "relative error": f"{error:.3g}"} for fqn, error in done["errors"].items()]
     show(done, as_json, rows_table(rows))
     lost = done["not_in_the_adapter"]

@@ -60,7 +60,7 @@ def put_stock_modules(program: Program, model: nn.Module) -> bool:
     Returns whether that was so: then the folder is a stock one. What was merged needs nothing of ours to load.
     """
     source = program.origin.model
-    if source is None or "lrc" in getattr(model.config, "to_dict", dict)():  # type: ignore[operator]  # of a config
+    if source is None or "lrc" in getattr(model.config, "to_dict", dict)():
         return False
     made: dict[str, nn.Module] = {}
     for fqn in program.maps:

@@ -1,13 +1,15 @@
 """The maps that hold numbers and no other map: `Dense`, `Diagonal`, `Permutation`."""
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrc.maps.base import Affine, Cost, LinearMap, Structure, as_parameter, exact_bias, over
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Dense(LinearMap):
@@ -161,7 +163,7 @@ class Permutation(LinearMap):
         return f"Permutation[{self.in_features}]"
 
 
-def frozen(made: nn.Module) -> nn.Module:
+def frozen(made: M) -> M:
     """Return the map with every parameter marked as not trained."""
     return made.requires_grad_(False)
 

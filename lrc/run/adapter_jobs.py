@@ -17,7 +17,7 @@ from lrc.lower.peft_sites import Factors, adapted_map, split
 from lrc.lower.pt2 import Pt2Export, export_pt2
 from lrc.maps import LinearMap, RowNorm
 from lrc.program import Adapted, Program
-from lrc.solvers.combine import combine
+from lrc.solvers.combine import Method, combine
 from lrc.spec.patterns import Candidate, select
 
 Combining = Literal["linear", "cat", "svd", "ties", "dare", "dare_ties"]
@@ -71,7 +71,7 @@ def merge_adapters(
             continue
         before = program.sites[fqn].map.exact().weight
         generator = torch.Generator().manual_seed(how.seed)
-        method = "linear" if how.method in ("cat", "svd") else how.method
+        method: Method = "linear" if how.method == "cat" or how.method == "svd" else how.method
         changes = [made.exact().weight - before for made, _ in present]
         change = combine(changes, [weight for _, weight in present], method, how.density, generator)
         if how.rank is not None:

@@ -118,6 +118,22 @@ def test_what_fine_tuning_changed_comes_back_as_an_adapter(llama: Path, tmp_path
     assert lossy["errors"][KEY] == pytest.approx(float(S[1:].norm() / S.norm()), rel=1e-3)
 
 
+def test_both_are_commands(llama: Path, two: list[Path], tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from lrc.cli import app
+
+    merged = CliRunner().invoke(app, ["merge", str(llama), *map(str, two), "-o", str(tmp_path / "m"), "--json"])
+    assert merged.exit_code == 0, merged.output
+    assert json.loads(merged.stdout)["adapters"] == 2
+    words = ["extract-lora", str(llama), str(tmp_path / "m"), "-o", str(tmp_path / "x"), "--rank", "5"]
+    extracted = CliRunner().invoke(app, words)
+    assert extracted.exit_code == 0, extracted.output
+    assert KEY in extracted.stdout
+    expected = sum(change_of(folder, KEY) for folder in two)
+    assert torch.allclose(change_of(tmp_path / "x", KEY), torch.as_tensor(expected), atol=1e-5)
+
+
 def test_two_models_that_are_not_one_architecture_are_refused(llama: Path, bert: Path, tmp_path: Path) -> None:
     with pytest.raises(LrcError, match="one architecture"):
         extract_lora(lrc.capture(str(llama)), lrc.capture(str(bert)), tmp_path / "out", 3)
