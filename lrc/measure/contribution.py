@@ -39,7 +39,7 @@ def path_contributions(
         here = {name: (p.detach() + share * moved[name]).requires_grad_() for name, p in end.items()}
 
         def call(*args: object, weights: Mapping[str, Tensor] = here, **kwargs: object) -> object:
-            return functional_call(tuned, dict(weights), args, kwargs)  # type: ignore[arg-type]  # any inputs
+            return functional_call(tuned, dict(weights), args, kwargs)
 
         gradients = torch.autograd.grad(loss(call, sample), list(here.values()), allow_unused=True)
         for name, gradient in zip(here, gradients, strict=True):

@@ -78,7 +78,10 @@ def _attentions(twin: Program, at: dict[str, Site]) -> list[Linked]:
     if not nodes:
         return []
     probe = Probe(twin, {site.uses[0].node for sites in roles.values() for site in sites[:3] if site is not None}, at)
-    probe.run(*twin.inputs.fill(twin.inputs.examples).values())
+    try:
+        probe.run(*twin.inputs.fill(twin.inputs.examples).values())
+    except (RuntimeError, IndexError, ValueError):  # labels are no values that the rest of the model must take
+        return []
     found = []
     for node, (q, k, v, o) in roles.items():
         if v is not None and o is not None and (facts := probe.values_and_output(node, v, o)):
@@ -90,7 +93,9 @@ def _attentions(twin: Program, at: dict[str, Site]) -> list[Linked]:
 
 def _source(attention: fx.Node, place: int, at: Mapping[str, Site], through: set[Any]) -> Site | None:
     """Return the site whose output becomes an argument of an attention, and nothing else."""
-    waiting, seen, found = [attention.args[place]], set(), set()
+    seen: set[fx.Node] = set()
+    waiting: list[Any] = [attention.args[place]]
+    found: set[str] = set()
     while waiting:
         node = waiting.pop()
         if not isinstance(node, fx.Node) or node in seen:
@@ -104,9 +109,9 @@ def _source(attention: fx.Node, place: int, at: Mapping[str, Site], through: set
         return None
     (name,) = found
     start = next(node for node in seen if node.name == name)
-    waiting, reached = [start], {start}
-    while waiting:
-        node = waiting.pop()
+    forward, reached = [start], {start}
+    while forward:
+        node = forward.pop()
         for user in node.users:
             if user is attention:
                 if [i for i, arg in enumerate(user.args) if arg is node] != [place]:
@@ -115,7 +120,7 @@ def _source(attention: fx.Node, place: int, at: Mapping[str, Site], through: set
                 if user.op != "call_function" or user.target not in through or user not in seen:
                     return None
                 reached.add(user)
-                waiting.append(user)
+                forward.append(user)
     return at[name]
 
 
@@ -195,6 +200,8 @@ def _turned(arrived: Tensor, labels: Tensor, dtype: torch.dtype, interleaved: in
 
     arrived: (batch, heads, tokens, size). labels: (heads, size).
     """
+    if arrived.shape[2] < 2:  # the first token is not turned
+        return None
     sent = labels[None, :, None].expand_as(arrived)
     moved = (arrived != sent).any(0).any(0).any(0)
     rotary = int(moved.nonzero().max()) + 1 if bool(moved.any()) else 0
@@ -207,4 +214,5 @@ def _turned(arrived: Tensor, labels: Tensor, dtype: torch.dtype, interleaved: in
 
 def pairs_of(x: Tensor, interleaved: int) -> Tensor:
     """Return features (..., 2 n) as pairs that are turned together, (..., n, 2)."""
-    return x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
+    half = x.shape[-1] // 2
+    return x.reshape(*x.shape[:-1], half, 2) if interleaved else x.reshape(*x.shape[:-1], 2, half).transpose(-1, -2)

@@ -18,7 +18,7 @@ from lrc.run.session import Session
 from lrc.run.summary import outline
 
 Table = dict[str, float]
-Curves = Mapping[str, SiteCurve] | Mapping[str, GroupCurve]
+Curves = Mapping[str, SiteCurve] | Mapping[str, GroupCurve] | Mapping[str, SiteCurve | GroupCurve]
 
 
 def check_shapes(program: Program, session: Session, options: Any) -> None:

@@ -32,11 +32,15 @@ GRID = 256  # ranks of a group whose costs are looked at; larger groups offer ev
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that belong together, in the order that the solver takes them. kind, facts: as of `WeightGroup`."""
+    """Sites that belong together, in the order that the solver takes them. kind, facts: as of `WeightGroup`.
+
+    narrow: what places features in a map will be absorbed, since the features go from site to site alone.
+    """
 
     kind: str
     sites: tuple[str, ...]
     facts: Mapping[str, int] = field(default_factory=dict)
+    narrow: bool = False
 
     @property
     def name(self) -> str:
@@ -62,7 +66,7 @@ def alike_groups(program: Program, fqns: Sequence[str], solver: Any) -> list[Gro
 
 def module_groups(program: Program, fqns: Sequence[str], solver: Any) -> list[Group]:
     """Return the MLPs and attentions whose linears are all among `fqns`."""
-    return [Group(linked.kind, linked.sites, linked.facts) for linked in linked_sites(program, fqns)]
+    return [Group(found.kind, found.sites, found.facts, found.kind == "mlp") for found in linked_sites(program, fqns)]
 
 
 FINDERS: dict[Grouping, Finder] = {Grouping.ALIKE: alike_groups, Grouping.MODULES: module_groups}
@@ -144,8 +148,10 @@ class GroupStore:
         return found
 
     def outline(self, name: str, rank: int) -> Sequence[Part]:
-        """Return what `rank` makes of the members, without numbers."""
+        """Return what `rank` makes of the members, without numbers, and as it will stand there."""
         found: Sequence[Part] = self.options.solver.cut(self._terms[name], rank)
+        if self.groups[name].narrow:
+            return [Part(tuple(f for f in part.factors if isinstance(f, Tensor)), part.bias) for part in found]
         return found
 
     def curve(self, name: str, rows: Mapping[str, float] | None = None) -> GroupCurve:

@@ -74,7 +74,7 @@ def share_out(
         g.name: MixedCurve(tuple(curves[s] for s in g.sites), joint[g.name], biases(program, curves, g.sites)) for g in groups
     }
     inside = {fqn for g in groups for fqn in g.sites}
-    offered = [*mixed.values(), *(curve for fqn, curve in curves.items() if fqn not in inside)]
+    offered: list[MixedCurve | SiteCurve] = [*mixed.values(), *(curve for fqn, curve in curves.items() if fqn not in inside)]
     found = allocate_ranks(offered, options.rank, allocate=allocate, round_to=options.round_to, rest=rest_of(program, curves))
     unit = unit_of(options)
     assert unit is not None, "groups are offered under a budget alone"

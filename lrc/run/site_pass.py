@@ -12,7 +12,7 @@ from lrc.errors import LrcError, SiteError
 from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
-from lrc.ranks import Choice
+from lrc.ranks import Choice, GroupCurve, SiteCurve
 from lrc.run.budget import check_shapes, priced, spent, with_latency
 from lrc.run.group_pass import apply_groups, plan_groups
 from lrc.run.mixed import modules_of, share_out, with_solver
@@ -111,7 +111,8 @@ class RankedSitePass(SitePass):
             decisions.append(made)
         places = {chosen.fqn: place for place, chosen in enumerate(selected)}
         decisions.sort(key=lambda d: places[d.sites[0]])
-        session.notices += [*found.notes, *spent(options, {**curves, **found.curves}, decisions)]
+        known: dict[str, SiteCurve | GroupCurve] = {**curves, **found.curves}
+        session.notices += [*found.notes, *spent(options, known, decisions)]
         return [with_latency(options, curves, d) for d in decisions]
 
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:

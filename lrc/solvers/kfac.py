@@ -34,13 +34,13 @@ class KfacSolver(InputsOptions, FocusOptions):
     )
     modules: bool = Field(
         default=True,
-        description="Under a budget of size or FLOPs, with `form: auto`, let MLPs and attentions become narrower as `modular` does "
-        "where that is predicted to lose less.",
+        description="Under a budget of size or FLOPs, with `form: auto`, let MLPs and attentions become narrower, as "
+        "`modular` does, where that is predicted to lose less.",
     )
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS, Need.GRADIENTS})
 
     def modules_solver(self) -> ModularSolver | None:
-        """Return the solver of whole modules that is offered beside this one: its statistics and its unit of loss are the same."""
+        """Return the solver of whole modules that is offered beside this one: statistics and unit of loss are the same."""
         if not self.modules:
             return None
         return ModularSolver(fisher=self.fisher, focus=self.focus, damping_in=self.damping_in, damping_out=self.damping_out)

@@ -32,8 +32,8 @@ class ModularSolver(GroupOptions, FocusOptions):
     )
     select: Literal["saliency", "leverage"] = Field(
         default="saliency",
-        description="Which neurons of an MLP stay: those whose loss cannot be made up for by the others, or those of the largest "
-        "ridge leverage scores (the paper).",
+        description="Which neurons of an MLP stay: those whose loss cannot be made up for by the others, or those of the "
+        "largest ridge leverage scores (the paper).",
     )
     damping_in: float = Field(
         default=1e-2, ge=0, description="Added to the diagonal of activations' second moment, of its mean."
@@ -83,8 +83,8 @@ def modular(group: WeightGroup, max_rank: int | None, options: ModularSolver, ge
     With C = L Lᵀ in the order of the units, the loss with the first r is the sum over later columns of |Kᵀ W L|², K Kᵀ the
     output gradients' second moment; in nats per token with `metric: loss`. Of queries and keys it is that of the dropped
     features, 1/2 sum of G ∘ C, the mean of both sides. Computed in float64.
-    Source: Lin et al. (2025), MoDeGPT, arXiv:2408.09632, algorithms 1 (MLP, Nyström), 2 (queries and keys, CR) and 3 (values and
-    output, SVD). Departures: C of values is that of what W_o reads, behind the softmax, where the paper takes the block's
+    Source: Lin et al. (2025), MoDeGPT, arXiv:2408.09632, algorithms 1 (MLP, Nyström), 2 (queries and keys, CR) and 3 (values
+    and output, SVD). Departures: C of values is that of what W_o reads, behind the softmax, where the paper takes the block's
     input; heads may keep different numbers of features; saliency (Hassibi & Stork 1992, optimal brain surgeon) selects neurons
     unless `select: leverage`; a reader with a bias keeps the mean of what is dropped; a budget takes the place of their
     block influence.
@@ -189,13 +189,22 @@ def _turns(KW: Tensor, C: Tensor, group: WeightGroup) -> tuple[Tensor, Tensor]:
         V = eigenvectors(D.T @ D)
         turns.append(torch.linalg.solve_triangular(L, V.T, upper=False, left=False))
         backs.append(L @ V)
-    return torch.block_diag(*turns), torch.block_diag(*backs)
+    return blocks(turns), blocks(backs)
 
 
 def _repeated(turn: Tensor, size: int, heads: int) -> Tensor:
     """Return the turn of every reading head: that of the head whose values it shares."""
-    blocks = [turn[i : i + size, i : i + size] for i in range(0, len(turn), size)]
-    return torch.block_diag(*(block for block in blocks for _ in range(heads)))
+    parts = [turn[i : i + size, i : i + size] for i in range(0, len(turn), size)]
+    return blocks([part for part in parts for _ in range(heads)])
+
+
+def blocks(parts: Sequence[Tensor]) -> Tensor:
+    """Return the matrix of square parts of one size along the diagonal."""
+    size = len(parts[0])
+    made = parts[0].new_zeros(size * len(parts), size * len(parts))
+    for i, part in enumerate(parts):
+        made[i * size : (i + 1) * size, i * size : (i + 1) * size] = part
+    return made
 
 
 def _units(group: WeightGroup) -> Tensor:
@@ -211,16 +220,17 @@ def _order(KW: Tensor, C: Tensor, ridge: Tensor, units: Tensor, options: Modular
     if options.select == "leverage":
         level = float(ridge.diagonal().mean() - C.diagonal().mean())
         scores = 1 - level * torch.linalg.inv(ridge).diagonal()
-        return scores[units].sum(1).argsort(descending=True, stable=True)
+        found: Tensor = scores[units].sum(1).argsort(descending=True, stable=True)
+        return found
     inverse: Tensor = torch.linalg.inv(ridge)
     left, gone = torch.arange(len(units)), []
     rows = torch.arange(len(C))  # what is left of the columns
     step = max(1, -(-len(units) // ROUNDS))
     while len(left) > 1:
         at = torch.searchsorted(rows, units[left].sort(1)[0])
-        blocks = inverse[at[:, :, None], at[:, None, :]]
+        among = inverse[at[:, :, None], at[:, None, :]]
         errors = KW.T[at]
-        scores = (torch.linalg.solve(blocks, errors) * errors).sum((1, 2))
+        scores = (torch.linalg.solve(among, errors) * errors).sum((1, 2))
         weakest = scores.argsort(stable=True)[: min(step, len(left) - 1)]
         gone += left[weakest].tolist()
         out = at[weakest].flatten()

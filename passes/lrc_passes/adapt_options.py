@@ -102,8 +102,8 @@ class Adapt(PassOptions):
         nothing = torch.empty(0)
         curves = [SiteCurve(fqn, *shape, losses=nothing, S=nothing, form="two_factor") for fqn, shape in shapes.items()]
         shared = allocate_ranks(curves, self.rank, allocate="uniform").choices
-        own = {fqn: matching(self.rank_pattern, fqn) for fqn in shapes}
-        return {fqn: choice if own[fqn] is None else Choice(self.rank_pattern[own[fqn]]) for fqn, choice in shared.items()}
+        own = {fqn: pattern for fqn in shapes if (pattern := matching(self.rank_pattern, fqn)) is not None}
+        return shared | {fqn: Choice(self.rank_pattern[pattern]) for fqn, pattern in own.items()}
 
     def alpha_of(self, fqn: str) -> float | None:
         """Return the alpha that the spec gives to a site."""

@@ -8,27 +8,32 @@ in eval mode. The captured module, and other programs that share its tensors, ke
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lrc.data import Request
+from lrc.errors import UsageError
 from lrc.measure import digest
 from lrc.program import Program
 from lrc.program.modes import running_statistics
 from lrc.program.ownership import own
 from lrc.run import Decision, PassOptions, Session, program_pass
+from lrc.run.output import sha256
 from lrc.run.selection import select_sites
 from lrc.run.summary import summarize
 from lrc.spec.base import SpecModel
 from lrc.spec.registry import METRICS, OBJECTIVES, OPTIMIZERS, RECIPES, Registered
 from lrc.train.checkpoint import Checkpoints
-from lrc.train.data import DataField, Examples, load_examples, of_batches
+from lrc.train.data import DataField, Examples, TrainData, load_examples, of_batches
 from lrc.train.loop import Loop, Settings
 from lrc.train.objectives import ObjectiveOptions
-from lrc.train.optim import OptimizerOptions, PerLayer
+from lrc.train.optim import OptimizerOptions, PerLayer, Trained
 from lrc.train.optim.adamw import AdamWOptions
 from lrc.train.recipes import Context, Recipe, RecipeOptions
 from lrc.train.schedule import Schedule, ScheduleField
@@ -142,36 +147,19 @@ class TrainPass:
         index = decisions[0].index if decisions else 0
         fqns = list(chosen_sites(program, session, options, index))
         names = trained_names(program, fqns, options.parameters, options.also, session.where(index))
-        examples = examples_of(program, session, options, options.data, samples_seed=options.seed)
-        key = run_key(program, session, options, examples)
+        examples = examples_of(program, session, options, options.data)
+        key = run_key(program, session, options, examples, names)
         statistics = running_statistics(program) if options.batch_norm == "update" else frozenset()
         parameters = own(program, names, statistics)
         program.settle()
         runs = Runs.of(program, session, options, [d.sites[0] for d in decisions])
         session.notices += [f"train: {note}" for note in runs.notes]
-        per_epoch = max(1, len(examples.epoch(options.batch_size, options.seed, 0)))
-        steps = options.steps or max(1, math.ceil((options.epochs or 1) * per_epoch / options.accumulate))
-        make = OPTIMIZERS.for_options(options.optimizer)
-        trained = as_trained(parameters, runs.gates)
-        if options.per_layer:
-            optimizer: Any = PerLayer.of(trained, lambda part: make(part, options.optimizer))
-        else:
-            optimizer = make(trained, options.optimizer)
-        recipe = Recipe()
-        if options.recipe is not None:
-            about = Context(
-                program, [d.sites[0] for d in decisions], parameters, runs.gates, optimizer, steps,
-                max(1, per_epoch // options.accumulate), options.seed,
-            )  # fmt: skip
-            recipe = RECIPES.for_options(options.recipe)(about, options.recipe)
+        settings = settings_of(options, examples)
+        optimizer = optimizer_of(options, as_trained(parameters, runs.gates))
+        recipe = recipe_of(options, runs, parameters, optimizer, settings, examples)
         loop = Loop(
             module=runs.student, parameters=parameters, buffers={n: program.tensors()[n] for n in sorted(statistics)},
-            examples=examples, losses=runs.loss, optimizer=optimizer,
-            settings=Settings(
-                steps=steps, batch_size=options.batch_size, accumulate=options.accumulate, clip=options.clip,
-                schedule=options.schedule, bfloat16=options.precision == "bfloat16", seed=options.seed,
-                checkpoint_every=options.checkpoint_every,
-            ),
+            examples=examples, losses=runs.loss, optimizer=optimizer, settings=settings,
             checkpoints=Checkpoints(session.cache.folder / "train" / key[:32]),
             validation=validation_of(program, session, options, runs), in_backward=options.per_layer, recipe=recipe,
             report=lambda done, total: session.progress("train", done, total),
@@ -180,9 +168,43 @@ class TrainPass:
         session.notices += [f"train: {note}" for note in recipe.finish()]
         session.training.append(record(options, names, parameters, history, loop))
         session.notices.append(f"train: {told(loop, history)}")
-        return [
-            Decision(**{**d.__dict__, "after": summarize(program.map_of(d.sites[0]))}) for d in decisions
-        ]  # fmt: skip
+        return [replace(d, after=summarize(program.map_of(d.sites[0]))) for d in decisions]
+
+
+def settings_of(options: Train, examples: Examples) -> Settings:
+    """Return how the run goes; epochs become steps."""
+    batches = len(examples.epoch(options.batch_size, options.seed, 0))
+    return Settings(
+        steps=options.steps or max(1, math.ceil((options.epochs or 1) * batches / options.accumulate)),
+        batch_size=options.batch_size, accumulate=options.accumulate, clip=options.clip, schedule=options.schedule,
+        bfloat16=options.precision == "bfloat16", seed=options.seed, checkpoint_every=options.checkpoint_every,
+    )  # fmt: skip
+
+
+def optimizer_of(options: Train, trained: Trained) -> Optimizer:
+    """Return the optimizer, or one for every parameter. Raises UsageError for one that looks at several at once."""
+    make = OPTIMIZERS.for_options(options.optimizer)
+    if not options.per_layer:
+        made: Optimizer = make(trained, options.optimizer)
+        return made
+    if not options.optimizer.per_layer:
+        raise UsageError(
+            "train", message=f"`{options.optimizer.type}` looks at pairs of parameters", hint="Set `per_layer: false`"
+        )
+    return PerLayer.of(trained, lambda part: make(part, options.optimizer))
+
+
+def recipe_of(
+    options: Train, runs: Runs, parameters: Mapping[str, Tensor], optimizer: Optimizer, settings: Settings, examples: Examples
+) -> Recipe:
+    """Return the recipe, or one that does nothing."""
+    if options.recipe is None:
+        return Recipe()
+    batches = len(examples.epoch(options.batch_size, options.seed, 0))
+    steps = max(1, batches // options.accumulate)
+    about = Context(runs.program, runs.fqns, parameters, runs.gates, optimizer, settings.steps, steps, options.seed)
+    made: Recipe = RECIPES.for_options(options.recipe)(about, options.recipe)
+    return made
 
 
 def chosen_sites(program: Program, session: Session, options: Train, index: int) -> dict[str, str]:
@@ -192,24 +214,26 @@ def chosen_sites(program: Program, session: Session, options: Train, index: int)
     return {s.fqn: s.rule for s in select_sites(program, session, options, index) if not s.keep}
 
 
-def examples_of(program: Program, session: Session, options: Train, data: Any, *, samples_seed: int) -> Examples:
+def examples_of(program: Program, session: Session, options: Train, data: TrainData | None) -> Examples:
     """Read training or validation data as the objective reads it; without any, the calibration batches sample by sample."""
     request = Request(
         dataset="calibration", inputs=list(program.inputs.examples), task=program.task, tokenizer=program.origin.folder,
-        base=session.base, seed=samples_seed, allow_code=session.allow_code,
+        base=session.base, seed=options.seed, allow_code=session.allow_code,
     )  # fmt: skip
     if data is None:
         return of_batches(session.batches, request)
     return load_examples(request, data, options.objective.reads)
 
 
-def run_key(program: Program, session: Session, options: Train, examples: Examples) -> str:
+def run_key(program: Program, session: Session, options: Train, examples: Examples, names: Sequence[str]) -> str:
     """Return the content hash of everything that the trained values depend on."""
+    files = [session.base / dataset for dataset in options.datasets().values()]
     teacher = session.original.digest() if session.original is not None and options.objective.teacher else ""
     told = options.model_dump(mode="json", exclude={"checkpoint_every"})
     return digest(
-        "train-1", program.digest(), teacher, told, list(examples.items), torch.__version__, torch.get_num_threads(),
-        torch.backends.cpu.get_cpu_capability(),
+        "train-1", program.digest(), teacher, told, list(examples.items), list(names),
+        [sha256(file) for file in files if file.is_file()],
+        torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
     )  # fmt: skip
 
 
@@ -220,7 +244,7 @@ def validation_of(program: Program, session: Session, options: Train, runs: Runs
         return None
     if spec.data is None:
         return Judge.by_metric(program, session, spec)
-    examples = examples_of(program, session, options, spec.data, samples_seed=options.seed)
+    examples = examples_of(program, session, options, spec.data)
     return Judge.by_loss(runs, examples, options.batch_size, spec)
 
 

@@ -34,6 +34,7 @@ class Runs:
     notes: tuple[str, ...]
     taps: tuple[str, ...]
     gates: tuple[str, ...]
+    fqns: tuple[str, ...]
 
     @classmethod
     def of(cls, program: Program, session: Session, options: Any, fqns: Sequence[str]) -> "Runs":
@@ -54,7 +55,7 @@ class Runs:
             for own, _ in module.named_parameters(recurse=False)
             if own != "bias"
         ]
-        return cls(student, judged, teacher, program, options, session, made.notes, taps, tuple(gates))
+        return cls(student, judged, teacher, program, options, session, made.notes, taps, tuple(gates), tuple(fqns))
 
     def loss(self, batch: Batch, generator: torch.Generator, *, judged: bool = False) -> Tensor:
         """Return the objective's loss of a batch, in training or in eval mode."""

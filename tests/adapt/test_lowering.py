@@ -17,6 +17,7 @@ METHODS: list[dict[str, Any]] = [
 IDS = [options["method"] for options in METHODS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", METHODS, ids=IDS)
 def test_a_folder_with_adapters_is_checked_and_reloads(
     options: dict[str, Any], llama: Path, tmp_path: Path, checked_here: None

@@ -7,6 +7,7 @@ of the train split, without their scores; dev is read for the figure alone.
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lr", type=float, nargs="+", default=[5e-4])
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--hidden", type=float, default=1.0)
+    parser.add_argument("--hidden", type=float, default=0.0)
     parser.add_argument("--dropout", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", action="store_true", help="score the test split, which no setting was chosen on")
@@ -52,11 +53,11 @@ def main() -> None:
             }  # fmt: skip
             start = time.perf_counter()
             trained = lrc.compile(program, spec | {"passes": [squeeze, train]}, cache=WORK / "cache")
-            losses = [row["loss"] for row in trained.training[0]["history"]]
+            every = [row["loss"] for row in trained.training[0]["history"]]
             rows.append({
                 "what": "factorize, train", "lr": lr, "steps": options.steps, "batch": options.batch,
                 "spearman": round(score(trained.program, split), 4), "seconds": round(time.perf_counter() - start, 1),
-                "loss": [round(sum(losses[i : i + 20]) / len(losses[i : i + 20]), 5) for i in (0, len(losses) // 2, -20)],
+                "loss": [round(statistics.mean(part), 5) for part in (every[:20], every[len(every) // 2 :][:20], every[-20:])],
             })  # fmt: skip
             print(rows[-1], flush=True)
     show("Recovery of MiniLM by distillation", rows, split=split, kept=options.kept)

@@ -17,7 +17,8 @@ from torch import Tensor
 import lrc
 from lrc.api import Compiled, compile_to_folder
 from lrc.errors import DataError, LrcError, SpecError, TrainError, UsageError
-from lrc.run.prepare import prepare
+from lrc.program import Program
+from lrc.run.prepare import prepare, replace_task
 
 FACTORIZE = {"type": "factorize", "targets": [LAYERS], "solver": "svd", "rank": {"fraction": 0.25}, "form": "two_factor"}
 SQUEEZE = {"type": "factorize", "solver": "svd", "rank": {"fraction": 0.25}, "form": "two_factor"}
@@ -31,9 +32,14 @@ def train(data: Path | None, objective: Any = "distillation", **options: Any) ->
     return {"type": "train", "objective": objective, **where, **given, **options}  # type: ignore[dict-item]  # any options
 
 
-def compiled(model: Any, cache: Path, *passes: Mapping[str, Any], task: str | None = None, **options: Any) -> Compiled:
-    spec = {"version": 1, "passes": list(passes), **({"model": {"task": task}} if task else {})}
-    return lrc.compile(model, spec, cache=cache, **options)
+def compiled(model: Any, cache: Path, *passes: Mapping[str, Any], **options: Any) -> Compiled:
+    return lrc.compile(model, {"version": 1, "passes": list(passes)}, cache=cache, **options)
+
+
+@pytest.fixture(scope="module")
+def encoder(bert: Path) -> Program:
+    """The encoder as a model of sentences, captured once; the pass trains copies."""
+    return replace_task(lrc.capture(str(bert)), "sentence-similarity")
 
 
 def losses(made: Compiled) -> list[float]:
@@ -44,9 +50,11 @@ def weights(made: Any) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in made.program.tensors().items()}
 
 
-def test_distillation_brings_a_compressed_model_back_towards_the_dense_one(bert: Path, data: Path, tmp_path: Path) -> None:
+def test_distillation_brings_a_compressed_model_back_towards_the_dense_one(
+    encoder: Program, data: Path, tmp_path: Path
+) -> None:
     passes = (FACTORIZE, train(data / "calib.txt", steps=40))
-    made = compiled(str(bert), tmp_path, *passes, task="sentence-similarity")
+    made = compiled(encoder, tmp_path, *passes)
     assert sum(losses(made)[-5:]) < 0.4 * sum(losses(made)[:5])
     before = made.dense.tensors()
     kept = {name: t for name, t in made.program.tensors().items() if name in before and not t.requires_grad}
@@ -72,9 +80,9 @@ def test_the_captured_module_and_programs_that_share_its_tensors_keep_their_valu
     assert all(torch.equal(a, factors[name]) for name, a in squeezed.program.tensors().items())
 
 
-def test_training_the_program_is_training_the_grafted_module(bert: Path, data: Path, tmp_path: Path) -> None:
+def test_training_the_program_is_training_the_grafted_module(encoder: Program, data: Path, tmp_path: Path) -> None:
     """The two views have equal gradients."""
-    made = compiled(str(bert), tmp_path, FACTORIZE, train(data / "calib.txt", steps=1), task="sentence-similarity")
+    made = compiled(encoder, tmp_path, FACTORIZE, train(data / "calib.txt", steps=1))
     model = made.graft()
     ids = torch.randint(4, 40, (3, 9), generator=torch.Generator().manual_seed(0))
     name = "encoder.layer.0.output.dense.A"
@@ -89,7 +97,8 @@ def test_training_the_program_is_training_the_grafted_module(bert: Path, data: P
 
 def test_lora_trains_its_factors_alone_and_merges(llama: Path, data: Path, tmp_path: Path) -> None:
     learn = train(None, "causal_lm", steps=30) | {"data": {"dataset": str(data / "stream.txt"), "max_length": 16}}
-    made = compiled(str(llama), tmp_path, LORA, learn)
+    program = lrc.capture(str(llama))
+    made = compiled(program, tmp_path, LORA, learn)
     assert losses(made)[-1] < 0.9 * losses(made)[0]
     names = {n for n, p in made.program.graph_module.named_parameters() if p.requires_grad}
     assert names
@@ -98,12 +107,33 @@ def test_lora_trains_its_factors_alone_and_merges(llama: Path, data: Path, tmp_p
     base = {n: t for n, t in made.program.tensors().items() if n.endswith("base")}
     assert base
     assert all(torch.equal(t, dense[n.removesuffix("base") + "weight"]) for n, t in base.items())
-    merged = compiled(str(llama), tmp_path, LORA, learn, {"type": "merge", "dense": True})
+    merged = compiled(program, tmp_path, LORA, learn, {"type": "merge", "dense": True})
     ids = torch.randint(4, 40, (2, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found, wanted = (c.program(input_ids=ids)["logits"] for c in (merged, made))
     assert torch.allclose(found, wanted, atol=1e-4)
     assert not torch.allclose(found, made.dense(input_ids=ids)["logits"], atol=1e-2)
+
+
+def test_sora_closes_gates_exactly_and_merging_keeps_the_outputs(llama: Path, data: Path, tmp_path: Path) -> None:
+    program = lrc.capture(str(llama))
+    adapt = {"type": "adapt", "method": "sora", "targets": [LAYERS], "rank": 4}
+    learn = train(None, "causal_lm", steps=40, recipe={"type": "sora", "to": 3e-2, "values": 3, "each": 8}) | {
+        "data": {"dataset": str(data / "stream.txt"), "max_length": 16},
+        "optimizer": {"type": "proximal_adamw", "lr": 1e-2, "threshold": 1e-2},
+    }
+    made = compiled(program, tmp_path, adapt, learn)
+    gates = [p for n, p in made.program.graph_module.named_parameters() if n.endswith("gate.diagonal")]
+    closed = sum(int((g == 0).sum()) for g in gates)
+    assert len(gates) == 7
+    assert closed > 0
+    assert f"train: {closed} of 28 gates are closed" in made.plan.notes
+    merged = compiled(program, tmp_path, adapt, learn, {"type": "merge"})
+    ids = torch.randint(4, 40, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, wanted = (c.program(input_ids=ids)["logits"] for c in (merged, made))
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert merged.program.size()[0] < made.program.size()[0]
 
 
 @pytest.mark.parametrize("optimizer", ["fira", "galore", "adamw8bit", "riemannian_adamw", "proximal_adamw", "sgd"])
@@ -125,13 +155,12 @@ def test_updates_inside_the_backward_pass_train_the_same(tmp_path: Path) -> None
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_objectives_with_labels(bert: Path, data: Path, tmp_path: Path) -> None:
+def test_objectives_with_labels(encoder: Program, data: Path, tmp_path: Path) -> None:
     made = compiled(
-        str(bert), tmp_path, FACTORIZE, train(data / "pairs.csv", {"type": "cosine", "scale": 1.0}, batch_size=4, steps=20),
-        task="sentence-similarity",
+        encoder, tmp_path, FACTORIZE, train(data / "pairs.csv", {"type": "cosine", "scale": 1.0}, batch_size=4, steps=20),
     )  # fmt: skip
     assert sum(losses(made)[-4:]) < sum(losses(made)[:4])
-    made = compiled(str(bert), tmp_path, FACTORIZE, train(data / "calib.txt", "reconstruction", steps=20))
+    made = compiled(encoder, tmp_path, FACTORIZE, train(data / "calib.txt", "reconstruction", steps=20))
     assert sum(losses(made)[-4:]) < 0.8 * sum(losses(made)[:4])
 
 
@@ -183,14 +212,14 @@ def test_masked_language_models_learn_hidden_tokens(data: Path, tmp_path: Path) 
     assert sum(losses(made)[-5:]) < sum(losses(made)[:5])
 
 
-def test_validation_by_a_metric_and_by_the_loss(bert: Path, data: Path, tmp_path: Path) -> None:
+def test_validation_by_a_metric_and_by_the_loss(encoder: Program, data: Path, tmp_path: Path) -> None:
     judged = {"metric": {"type": "spearman", "dataset": str(data / "pairs.csv")}, "every": 3}
     made = compiled(
-        str(bert), tmp_path, FACTORIZE, train(data / "calib.txt", validation=judged), task="sentence-similarity"
+        encoder, tmp_path, FACTORIZE, train(data / "calib.txt", validation=judged)
     )  # fmt: skip
     assert [row["step"] for row in made.training[0]["history"] if "validation" in row] == [3, 6]
     judged = {"data": str(data / "calib.txt"), "every": 2, "patience": 1}
-    made = compiled(str(bert), tmp_path, FACTORIZE, train(data / "calib.txt", validation=judged, steps=30))
+    made = compiled(encoder, tmp_path, FACTORIZE, train(data / "calib.txt", validation=judged, steps=30))
     figures = [row["validation"] for row in made.training[0]["history"] if "validation" in row]
     assert figures[0] > min(figures)
     assert made.training[0]["best_step"] == 2 * (1 + figures.index(min(figures)))
@@ -227,7 +256,9 @@ def test_planning_trains_nothing_and_says_so(tmp_path: Path) -> None:
     assert "passes after `train` are planned on the values before it" in plan.notes
 
 
-def test_the_output_folder_holds_the_trained_values_of_all_parameters(bert: Path, data: Path, tmp_path: Path) -> None:
+def test_the_output_folder_holds_the_trained_values_of_all_parameters(
+    bert: Path, data: Path, tmp_path: Path, checked_here: None
+) -> None:
     spec = tmp_path / "spec.yaml"
     options = train(data / "calib.txt", parameters="all", steps=4)
     spec.write_text(json.dumps({"version": 1, "passes": [FACTORIZE, options], "export": [{"format": "hf"}]}))
@@ -242,6 +273,7 @@ def test_the_output_folder_holds_the_trained_values_of_all_parameters(bert: Path
     assert "<polyline" in (done.path / "lrc" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_at_the_same_bytes(tmp_path: Path) -> None:
     """Five times `kill -9`, each at another step of the run; a forked child is the run."""
     options = train(Path("tiny:calibration_of_mlp"), steps=400, checkpoint_every=7, optimizer={"type": "fira", "rank": 2})
@@ -317,6 +349,8 @@ def test_what_cannot_be_trained_is_refused_with_the_place_and_the_remedy(tmp_pat
         TrainError, "the loss is nan", program, SQUEEZE, train(Path("test_train:wild_inputs")), tmp=tmp_path, allow_code=True
     )
     assert wild.exit_code == 1
+    pairs = train(here, per_layer=True, clip=None, optimizer="riemannian_adamw")
+    refused(UsageError, "looks at pairs of parameters", program, SQUEEZE, pairs, tmp=tmp_path, allow_code=True)
     own = train(here, {"type": "python", "function": "test_train:halves"})
     refused(UsageError, "factory runs code", program, SQUEEZE, own, tmp=tmp_path)
     refused(UsageError, "no such file", program, SQUEEZE, train(Path("absent.txt")), tmp=tmp_path)

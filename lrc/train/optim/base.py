@@ -15,7 +15,10 @@ R = TypeVar("R")
 
 
 class OptimizerOptions(Tagged):
-    """Options that every optimiser has."""
+    """Options that every optimiser has.
+
+    per_layer: whether it may be run for every parameter alone.
+    """
 
     lr: float = Field(default=1e-3, ge=0, description="Learning rate.")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False, description="Decay of the two running means.")

@@ -1,7 +1,7 @@
 """AdamW on pairs of factors, each gradient scaled by the other factor: steps that do not depend on how B A is balanced."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -80,6 +80,7 @@ class RiemannianOptions(OptimizerOptions):
 
     type: Literal["riemannian_adamw"] = "riemannian_adamw"
     lr: float = Field(default=1e-4, ge=0, description="Learning rate.")
+    per_layer: ClassVar[bool] = False
     reg: float = Field(default=1e-6, ge=0, description="Added to the diagonals of the Gram matrices.")
 
 

@@ -56,6 +56,14 @@ def is_pair(made: Chain, context: Context) -> bool:
     return made.names == ("B", "A") and all(isinstance(s, nn.Parameter) and id(s) in trained for s in made.slots)
 
 
+def factors(made: Chain) -> tuple[Tensor, Tensor]:
+    """Return A (rank, in_features) and B (out_features, rank) of a layer."""
+    B, A = made.slots
+    assert isinstance(A, Tensor), "only chains of bare matrices are trained so"
+    assert isinstance(B, Tensor), "only chains of bare matrices are trained so"
+    return A, B
+
+
 def norms(A: Tensor, B: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Return the norms of the rows of A and of the columns of B, or of all those from each place on: (rank,) each."""
     squares = A.square().sum(1), B.square().sum(0)
@@ -76,7 +84,7 @@ class OrderedRanks(Recipe):
     def __init__(self, context: Context, layers: Mapping[str, Chain], options: MaestroRecipe) -> None:
         self.program: Program = context.program
         self.layers, self.options, self.seed, self.per_epoch = dict(layers), options, context.seed, context.per_epoch
-        self.active = {fqn: torch.arange(made.A.shape[0]) for fqn, made in layers.items()}
+        self.active = {fqn: torch.arange(len(factors(made)[0])) for fqn, made in layers.items()}
         self.drawn: dict[str, int] = {}
         self.pairs: list[tuple[str, int]] = []
         self.sweep = 0
@@ -89,7 +97,8 @@ class OrderedRanks(Recipe):
             if fqn not in self.drawn or not made.training:
                 return None
             kept = self.active[fqn][: self.drawn[fqn]]
-            return F.linear(F.linear(inputs[0], made.A[kept]), made.B[:, kept], made.bias)
+            A, B = factors(made)
+            return F.linear(F.linear(inputs[0], A[kept]), B[:, kept], made.bias)
 
         return run
 
@@ -123,8 +132,8 @@ class OrderedRanks(Recipe):
 
     def kept(self, fqn: str) -> tuple[Tensor, Tensor]:
         """Return the active rows of A and columns of B."""
-        made, places = self.layers[fqn], self.active[fqn]
-        return made.A[places], made.B[:, places]
+        (A, B), places = factors(self.layers[fqn]), self.active[fqn]
+        return A[places], B[:, places]
 
     @torch.no_grad()
     def after(self, done: int) -> None:
@@ -138,10 +147,10 @@ class OrderedRanks(Recipe):
                     self.active[fqn] = places[important]
                     self.pairs = []
         for fqn, places in self.active.items():
-            made = self.layers[fqn]
-            gone = torch.ones(made.A.shape[0], dtype=torch.bool).index_fill_(0, places, False)
-            made.A[gone] = 0
-            made.B[:, gone] = 0
+            A, B = factors(self.layers[fqn])
+            gone = torch.ones(len(A), dtype=torch.bool).index_fill_(0, places, False)
+            A[gone] = 0
+            B[:, gone] = 0
 
     def state(self) -> dict[str, Any]:
         """Return the active components and where the sweep is."""
@@ -158,7 +167,7 @@ class OrderedRanks(Recipe):
             hook.remove()
         notes = []
         for fqn, made in self.layers.items():
-            places, full = self.active[fqn], made.A.shape[0]
+            places, full = self.active[fqn], len(factors(made)[0])
             A, B = (t.detach().clone().contiguous() for t in self.kept(fqn))
             bias = None if made.bias is None else made.bias.detach().clone()
             new: LinearMap = Chain(B, A, bias=bias)

@@ -42,7 +42,8 @@ def flora(place: Place, options: Flora) -> LinearMap:
     """
     site = place.site
     layout = site.layout
-    channels, kernel = site.in_features, ()
+    kernel: tuple[int, ...] = ()
+    channels = site.in_features
     if isinstance(layout, Patches):
         channels, kernel = site.in_features // math.prod(layout.kernel), layout.kernel
     sizes = (channels, site.out_features, *kernel)

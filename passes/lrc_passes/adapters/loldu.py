@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from lrc.initialisers import InitialiserOptions
-from lrc.maps import Diagonal, LinearMap, Permutation, Sum, Triangular, frozen
+from lrc.maps import Diagonal, LinearMap, Permutation, Sum, Triangular
 from lrc.program import Site
 from lrc.run import AdapterOptions, Place, adapter
 from lrc.solvers.ldu import Ldu, ldu
-from lrc_passes.adapters.parts import branch
+from lrc_passes.adapters.parts import branch, constant
 
 Start = Literal["lu", "uniform", "s_uniform", "normal", "s_normal", "constant", "ones", "zeros"]
 
@@ -53,7 +53,7 @@ def loldu(place: Place, options: Loldu) -> LinearMap:
     dtype, spatial = site.dtype, site.layout.spatial
     d = found.d.to(dtype)
     z = started(d, options.z_init, place.generator)
-    between = Sum(Diagonal(z, spatial=spatial), frozen(Diagonal(-d, spatial=spatial)), names=("z", "start"))
+    between = Sum(Diagonal(z, spatial=spatial), Diagonal(constant(-d), spatial=spatial), names=("z", "start"))
     parts: tuple[LinearMap, ...]
     if site.kind == "linear":
         L, U = Triangular.of(found.L.to(dtype)), Triangular.of(found.U.to(dtype), upper=True, unit=found.unit)
