@@ -202,7 +202,8 @@ def test_the_graph_before_and_after(golden: Callable[[str, str], None], in_tmp: 
 
 def test_what_is_cut_can_be_factorized_afterwards(program: Callable[[str], Any], data: Path, in_tmp: Path) -> None:
     asked = spec(data, rank=24)
-    asked["passes"].append({"type": "factorize", "targets": [tiny.LAYERS], "rank": {"params_kept": 0.7}})
+    alone = {"type": "kfac", "modules": False}
+    asked["passes"].append({"type": "factorize", "targets": [tiny.LAYERS], "solver": alone, "rank": {"params_kept": 0.7}})
     done = lrc.compile(program("llama"), asked)
     (query,) = [d for d in done.plan.decisions if d.type == "factorize" and d.name.endswith("gate_proj")]
     assert query.full_rank == 24
