@@ -74,7 +74,11 @@ def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, nonn
     if absent:
         pytest.skip(f"skipped: the solver {', '.join(sorted(absent))} is not there yet")
     model = captured(bert if "onnx" in name else nonnegative_llama if name == "nmf" else llama)
-    overrides = {"lord": ["passes.0.round_to=8"], "size_mb": ["passes.0.rank.size_mb=0.04"]}.get(name, [])  # for a tiny model
+    overrides = {  # for a tiny model
+        "lord": ["passes.0.round_to=8"],
+        "size_mb": ["passes.0.rank.size_mb=0.04"],
+        "quality": [f"evaluate.dataset={data / 'stream.txt'}", "passes.0.rank.quality.resolution=0.2"],
+    }.get(name, [])
     done = compile_to_folder(model.clone(), spec_of(name, data), overrides=overrides, output="out")
     done.raise_on_failure()
     plan = done.record.plan

@@ -20,11 +20,14 @@ from lrc.ranks.budgets import (
     AllocateField,
     Allocation,
     FlopsKept,
+    Judge,
     LatencyKept,
     LatencyMs,
     ParamsKept,
     Setting,
     SizeMb,
+    Tried,
+    Verdict,
     flops_kept,
     latency_kept,
     latency_ms,
@@ -41,6 +44,7 @@ from lrc.ranks.policies import (
     fixed_rank,
     fraction_rank,
 )
+from lrc.ranks.quality import Quality, QualityBudget, quality
 from lrc.spec.registry import RANKS, Rule
 
 BUILTIN: tuple[Rule[Any, Any], ...] = (
@@ -53,22 +57,29 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
     flops_kept,
     latency_kept,
     latency_ms,
+    quality,
 )
 
 
 def allocate_ranks(
-    curves: Sequence[SiteCurve], options: RankPolicy, *, allocate: AllocateField = "auto", round_to: int = 1, rest: int = 0
+    curves: Sequence[SiteCurve],
+    options: RankPolicy,
+    *,
+    allocate: AllocateField = "auto",
+    round_to: int = 1,
+    rest: int = 0,
+    judge: Judge | None = None,
 ) -> Allocation:
     """Return every site's rank and form, or the reason why it stays dense, and what there is to note.
 
     allocate "auto": global where the losses of different layers may be compared, else uniform. rest: bytes of the model
-    beside what the sites free.
+    beside what the sites free. judge: measures the model of some choices, for a budget of quality.
     """
     rule = RANKS.for_options(options)
     if type(options).budget:
         if allocate == "auto":
             allocate = "global" if all(curve.additive for curve in curves) else "uniform"
-        found: Allocation = rule(curves, options, Setting(allocate, round_to, rest))
+        found: Allocation = rule(curves, options, Setting(allocate, round_to, rest, judge))
         return found
     return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in curves})
 
@@ -105,18 +116,23 @@ __all__ = [
     "FlopsKept",
     "Form",
     "FractionRank",
+    "Judge",
     "LatencyKept",
     "LatencyMs",
     "Offer",
     "ParamsKept",
     "ProductForm",
+    "Quality",
+    "QualityBudget",
     "RankField",
     "RankPolicy",
     "Setting",
     "SiteCurve",
     "SizeMb",
     "Times",
+    "Tried",
     "Unit",
+    "Verdict",
     "allocate_ranks",
     "choose",
     "measured_ranks",

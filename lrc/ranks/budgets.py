@@ -1,7 +1,7 @@
 """Budgets over all sites together: an amount of numbers, bytes, FLOPs or time, shared by an allocator."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,20 +20,48 @@ AllocateField = Literal["auto", "global", "uniform", "exact", "loss_log_inverse"
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What a metric says of a model: its value, whether that is within the bound, and both in words."""
+
+    metric: str
+    value: float
+    ok: bool
+    text: str
+
+
+Judge = Callable[[Mapping[str, Choice]], Verdict]
+
+
+@dataclass(frozen=True)
 class Setting:
-    """What stands beside a budget: who shares it, the multiple that ranks are of, and the bytes of the rest of the model."""
+    """What stands beside a budget: who shares it, the multiple that ranks are of, and the bytes of the rest of the model.
+
+    judge: makes the model of some choices and measures it; only a budget of quality asks for it.
+    """
 
     allocate: Allocator
     round_to: int = 1
     rest: int = 0
+    judge: Judge | None = None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A budget that was tried on the model: its name and amount, what it chose, and what was found."""
+
+    budget: str
+    amount: float
+    choices: dict[str, Choice]
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Every site's choice, and what the plan should say of how it came about."""
+    """Every site's choice, what the plan should say of how it came about, and the budgets that were tried on the way."""
 
     choices: dict[str, Choice]
     notes: tuple[str, ...] = ()
+    tried: tuple[Tried, ...] = ()
 
 
 class BudgetPolicy(RankPolicy):
@@ -142,14 +170,19 @@ def within_amount(curves: Sequence[SiteCurve], options: RankPolicy, key: str, am
 
 def kept_share(curves: Sequence[SiteCurve], options: RankPolicy, key: str, kept: float, setting: Setting) -> Allocation:
     """Share out a fraction of what all sites cost now in the unit of `options`."""
-    sites = [curve.candidates(options.unit, setting.round_to) for curve in curves]
+    return within_share(curves, options.unit, kept, setting, key)
+
+
+def within_share(curves: Sequence[SiteCurve], unit: Unit, kept: float, setting: Setting, key: str = "") -> Allocation:
+    """Share out a fraction of what all sites cost now. Raises UsageError, on `key`, where the smallest ranks cost more."""
+    sites = [curve.candidates(unit, setting.round_to) for curve in curves]
     fixed = sum(site.fixed for site in sites)
     whole = fixed + sum(float(site.costs[-1]) for site in sites)
     amount = kept * whole * (1 + 1e-12)  # so that rounding does not refuse a share that is met exactly
     least = fixed + total_cost(sites, [0] * len(sites))
     if least > amount:
         raise refusal(key, least / whole, kept)
-    return share_out(sites, Budget(amount - fixed, kept), setting, options.unit)
+    return share_out(sites, Budget(amount - fixed, kept), setting, unit)
 
 
 def refusal(key: str, least: float, got: float) -> UsageError:

@@ -14,6 +14,7 @@ from lrc.solvers import Need
 def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan:
     """Say what the passes would do. `program` is not changed; a pass sees what the passes before it would leave."""
     twin = program.clone()
+    session.original = program
     before = program.size()
     decisions: list[Decision] = []
     saved = (0, 0)
@@ -33,6 +34,7 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
 
 def run_passes(program: Program, passes: Sequence[Any], session: Session) -> Plan:
     """Rewrite `program` as the passes decide; return the plan as it was carried out."""
+    session.original = program.clone()
     before = program.size()
     decisions: list[Decision] = []
     for index, options in enumerate(passes):
@@ -50,6 +52,7 @@ def finished(plan: Plan, program: Program, passes: Sequence[Any], session: Sessi
         peak_memory=predicted_memory(program, passes, plan, session),
         shadowed=tuple(session.shadowed),
         notes=tuple(session.notices),
+        points=tuple(session.points),
     )
 
 

@@ -13,7 +13,9 @@ from lrc.measure import Cache, collect, digest
 from lrc.measure.cotangents import has_classes
 from lrc.program import Program, Site
 from lrc.ranks import FixedRank, rounded
+from lrc.run.plan import Point
 from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
+from lrc.run.trials import Evaluation
 from lrc.solvers import Decomposition, Moments, Need
 from lrc.spec.registry import SOLVERS
 
@@ -36,7 +38,8 @@ class Session:
     """The shared state of one run.
 
     batches: makes the calibration batches, called at most once and only when a statistic is needed; has_data: whether there
-    are any. notices: what the plan should mention beside the decisions (shadowed patterns, how a budget was shared).
+    are any. notices: what the plan should mention beside the decisions (shadowed patterns, how a budget was shared); points:
+    the budgets that were tried. evaluation: how the spec judges. original: the program before the first pass.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Session:
         spec_path: Path | None = None,
         progress: Progress = silent,
         has_data: bool = True,
+        evaluation: Evaluation | None = None,
     ) -> None:
         self.cache = cache
         self.seed = seed
@@ -55,6 +59,9 @@ class Session:
         self.spec_path = spec_path
         self.shadowed: list[str] = []
         self.notices: list[str] = []
+        self.points: list[Point] = []
+        self.evaluation = evaluation
+        self.original: Program | None = None
         self.has_data = has_data
         self._make_batches = batches
         self._batches: Batches | None = None

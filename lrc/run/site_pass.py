@@ -4,7 +4,7 @@ Planning selects sites, has the weights decomposed where the pass has a rank, an
 function site by site, in parallel, and puts its map in place. What stays as it is stays with a reason.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,9 @@ from lrc.ranks import Choice, allocate_ranks
 from lrc.run.budget import check_shapes, priced, rest_of, spent, with_latency
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
+from lrc.run.points import drawer
 from lrc.run.propagation import in_groups, lockstep
+from lrc.run.quality import judge_of, points_of, trials_for
 from lrc.run.selection import Selected, select_sites
 from lrc.run.session import Session, settled
 from lrc.run.statistics import Terms, solve_all
@@ -91,25 +93,39 @@ class RankedSitePass(SitePass):
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
         check_shapes(program, session, options)
+        trials = trials_for(program, session, options, index)
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
+        before = in_groups(program, free) if compressed(options) else {}
+
+        def decided(choices: Mapping[str, Choice]) -> list[Decision]:
+            decisions = []
+            for chosen in selected:
+                made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
+                if not chosen.keep:
+                    made = replace(made, after_sites=before.get(chosen.fqn, ()))
+                    made = self.decide(made, program.sites[chosen.fqn], choices[chosen.fqn], terms)
+                decisions.append(with_latency(options, curves, made))
+            return decisions
+
+        def tried(choices: Mapping[str, Choice]) -> Program:
+            clone = program.clone()
+            self.carry_out(clone, session, options, decided(choices), terms)
+            return clone
+
         found = allocate_ranks(
             list(curves.values()),
             options.rank,
             allocate=options.allocate,
             round_to=options.round_to,
             rest=rest_of(program, curves),
+            judge=None if trials is None else judge_of(options.rank.quality, trials, session, tried),
         )
-        before = in_groups(program, free) if compressed(options) else {}
-        decisions = []
-        for chosen in selected:
-            made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
-            if not chosen.keep:
-                made = replace(made, after_sites=before.get(chosen.fqn, ()))
-                made = self.decide(made, program.sites[chosen.fqn], found.choices[chosen.fqn], terms)
-            decisions.append(made)
+        decisions = decided(found.choices)
         session.notices += [*found.notes, *spent(options, curves, decisions)]
-        return [with_latency(options, curves, d) for d in decisions]
+        if found.tried:
+            session.points += points_of(found, decided, drawer(program, session, options, curves, index))
+        return decisions
 
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:
         """Return a decision that changes nothing, with the reason why the site is out of the question, if it is."""
@@ -139,7 +155,12 @@ class RankedSitePass(SitePass):
 
     def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Make the maps from the stored decompositions, or one group after the other behind the compressed ones."""
-        options = settled(program, options)
+        return self.carry_out(program, session, settled(program, options), decisions, None)
+
+    def carry_out(
+        self, program: Program, session: Session, options: Any, decisions: Sequence[Decision], stored: Terms | None
+    ) -> Sequence[Decision]:
+        """Apply, with the stored decompositions where they are at hand."""
         work = [d for d in decisions if d.keep is None]
         done = {d.name: d for d in decisions}
         if compressed(options):
@@ -153,10 +174,10 @@ class RankedSitePass(SitePass):
                 done[d.name] = put(program, d, made)
         else:
             by_name = {d.sites[0]: d for d in work}
-            stored = session.decompose(program, list(by_name), options)
+            found = stored or session.decompose(program, list(by_name), options)
 
             def make(fqn: str) -> tuple[str, Made]:
-                statistics = Statistics(terms=stored.full(fqn))
+                statistics = Statistics(terms=found.full(fqn))
                 d = by_name[fqn]
                 return fqn, self.call(program.sites[fqn], in_form(options, d), statistics, d.rank)
 

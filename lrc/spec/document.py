@@ -80,6 +80,19 @@ class Document(SpecModel):
     )
     output: str = Field(default="out", description="The output folder, from the current one.")
 
+    def datasets(self) -> dict[str, str]:
+        """Return the data files and factories that the document reads, by the place that names them."""
+        judged = self.evaluate
+        named = {"calibration.dataset": self.calibration.dataset if self.calibration else None}
+        named["evaluate.dataset"] = judged.dataset if judged.metrics else None
+        named |= {f"evaluate.metrics.{i}.dataset": getattr(m, "dataset", None) for i, m in enumerate(judged.metrics)}
+        for i, options in enumerate(self.passes):
+            quality = getattr(getattr(options, "rank", None), "quality", None)
+            if quality is not None:
+                named[f"passes.{i}.rank.quality.metric.dataset"] = getattr(quality.metric, "dataset", None)
+                named["evaluate.dataset"] = judged.dataset
+        return {place: dataset for place, dataset in named.items() if dataset}
+
     def resolved(self) -> dict[str, Any]:
         """Return the whole document as plain data, every default written out, as `spec.resolved.yaml` holds it."""
         return self.model_dump(mode="json", by_alias=True, exclude={"schema_"})
