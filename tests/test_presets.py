@@ -17,7 +17,7 @@ from lrc.maps import restore
 from lrc.program import Program
 from lrc.solvers import BUILTIN
 from lrc.spec.load import load_document, preset_names
-from lrc.spec.registry import SOLVERS
+from lrc.spec.registry import ALLOCATORS, SOLVERS
 
 SOLVER_NAMES = {rule.name for rule in BUILTIN}
 
@@ -106,6 +106,14 @@ def test_a_preset_says_what_it_is_and_is_complete(name: str) -> None:
 def test_there_is_a_preset_for_every_solver() -> None:
     named: set[Any] = set().union(*(needs_of(name) for name in preset_names()))
     assert named >= SOLVER_NAMES
+
+
+def test_there_is_a_preset_for_every_allocator_and_every_budget_of_its_own_kind() -> None:
+    steps = [load_document(f"preset:{name}")[0].passes[0] for name in preset_names()]
+    named = {step.allocate.type for step in steps if hasattr(step, "allocate")}
+    assert named | {"global", "uniform"} >= {rule.name for rule in ALLOCATORS}
+    budgets = {key for step in steps if hasattr(step, "rank") for key in type(step.rank).model_fields}
+    assert budgets >= {"params_kept", "size_mb", "flops_kept", "latency_kept", "quality"}
 
 
 def test_what_a_spec_says_itself_wins_over_its_preset() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lrc.ranks.allocate import AllocateField, AllocatorOptions, Auto, settled
 from lrc.ranks.base import (
     Choice,
     FixedRank,
@@ -17,7 +18,6 @@ from lrc.ranks.base import (
     rank_policy,
 )
 from lrc.ranks.budgets import (
-    AllocateField,
     Allocation,
     FlopsKept,
     Judge,
@@ -34,7 +34,7 @@ from lrc.ranks.budgets import (
     params_kept,
     size_mb,
 )
-from lrc.ranks.candidates import Candidates, Offer, Unit
+from lrc.ranks.candidates import Candidates, Evidence, Offer, Unit
 from lrc.ranks.policies import (
     BreakevenRank,
     EnergyRank,
@@ -65,27 +65,31 @@ def allocate_ranks(
     curves: Sequence[SiteCurve],
     options: RankPolicy,
     *,
-    allocate: AllocateField = "auto",
+    allocate: AllocatorOptions | str = "auto",
     round_to: int = 1,
     rest: int = 0,
     judge: Judge | None = None,
 ) -> Allocation:
     """Return every site's rank and form, or the reason why it stays dense, and what there is to note.
 
-    allocate "auto": global where the losses of different layers may be compared, else uniform. rest: bytes of the model
-    beside what the sites free. judge: measures the model of some choices, for a budget of quality.
+    allocate: the options of an allocator, or its name. rest: bytes of the model beside what the sites free. judge: measures
+    the model of some choices, for a budget of quality.
     """
     rule = RANKS.for_options(options)
     if type(options).budget:
-        if allocate == "auto":
-            allocate = "global" if all(curve.additive for curve in curves) else "uniform"
-        found: Allocation = rule(curves, options, Setting(allocate, round_to, rest, judge))
+        chosen = settled(allocate, additive=all(curve.additive for curve in curves))
+        found: Allocation = rule(curves, options, Setting(chosen, round_to, rest, judge))
         return found
     return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in curves})
 
 
 def choose(
-    curves: Sequence[SiteCurve], options: RankPolicy, *, allocate: AllocateField = "auto", round_to: int = 1, rest: int = 0
+    curves: Sequence[SiteCurve],
+    options: RankPolicy,
+    *,
+    allocate: AllocatorOptions | str = "auto",
+    round_to: int = 1,
+    rest: int = 0,
 ) -> dict[str, Choice]:
     """Return the choices of `allocate_ranks` alone."""
     return allocate_ranks(curves, options, allocate=allocate, round_to=round_to, rest=rest).choices
@@ -108,10 +112,13 @@ __all__ = [
     "BUILTIN",
     "AllocateField",
     "Allocation",
+    "AllocatorOptions",
+    "Auto",
     "BreakevenRank",
     "Candidates",
     "Choice",
     "EnergyRank",
+    "Evidence",
     "FixedRank",
     "FlopsKept",
     "Form",

@@ -11,7 +11,7 @@ from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import PydanticCustomError, core_schema
 from torch import Tensor
 
-from lrc.ranks.candidates import Candidates, Offer, Unit
+from lrc.ranks.candidates import Candidates, Evidence, Offer, Unit
 from lrc.spec.base import SpecModel, unknown_key
 from lrc.spec.registry import RANKS, Rule
 
@@ -51,7 +51,7 @@ class SiteCurve:
     index: what an index vector of the outputs takes, in numbers of the weight's dtype, `itemsize` bytes each. now: what
     the site costs as it is, beside its bias, in units where that is not what a dense weight costs. rows: output rows per
     sample, all uses together. looked_up: the input is an index, which multiplies nothing. times: what was measured, where a
-    budget of time asks for it.
+    budget of time asks for it; evidence: the same for an allocator.
     """
 
     name: str
@@ -69,6 +69,7 @@ class SiteCurve:
     rows: float = 1.0
     looked_up: bool = False
     times: Times | None = None
+    evidence: Evidence = field(default_factory=Evidence)
 
     @property
     def dense_size(self) -> int:
@@ -114,7 +115,9 @@ class SiteCurve:
             offers.append(Offer(form, of_form, self.cost(unit, form, of_form), self.losses.double()[of_form]))
         below = self.present(unit) * (1 - NOISE if unit == "ms" else 1)
         kind = f"{re.sub(r'[0-9]+', '*', self.name)} {self.out_features} x {self.in_features}"
-        return Candidates.of(self.name, offers, self.present(unit), below=below, fixed=self.fixed(unit), kind=kind)
+        return Candidates.of(
+            self.name, offers, self.present(unit), below=below, fixed=self.fixed(unit), kind=kind, evidence=self.evidence
+        )
 
     def cost(self, unit: Unit, form: ProductForm, ranks: Tensor) -> Tensor:
         """Return what products of `ranks` (k,) in `form` cost beside the dense bias, (k,), float64."""

@@ -3,20 +3,15 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
 from lrc.errors import UsageError
-from lrc.ranks.allocate import best_of, uniform_places
+from lrc.ranks.allocate import AllocatorOptions
 from lrc.ranks.base import Choice, RankPolicy, SiteCurve, rank_policy
 from lrc.ranks.candidates import Budget, Candidates, Unit, total_cost
-from lrc.ranks.exact import exact_places
-from lrc.ranks.log_inverse import log_inverse_places
-
-Places = tuple[list[int], tuple[str, ...]]  # one a site, and what the plan should say
-Allocator = Literal["global", "uniform", "exact", "loss_log_inverse"]
-AllocateField = Literal["auto", "global", "uniform", "exact", "loss_log_inverse"]
+from lrc.spec.registry import ALLOCATORS
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Setting:
     judge: makes the model of some choices and measures it; only a budget of quality asks for it.
     """
 
-    allocate: Allocator
+    allocate: AllocatorOptions
     round_to: int = 1
     rest: int = 0
     judge: Judge | None = None
@@ -193,32 +188,6 @@ def refusal(key: str, least: float, got: float) -> UsageError:
     return UsageError(f"rank.{key}", expected=f"at least {least:g} (the {which} ranks everywhere)", got=f"{got:g}")
 
 
-def shared_globally(sites: Sequence[Candidates], budget: Budget) -> Places:
-    """Share by marginal loss per cost; never a higher predicted loss than the same share everywhere."""
-    return best_of(sites, budget), ()
-
-
-def shared_uniformly(sites: Sequence[Candidates], budget: Budget) -> Places:
-    """Give every site the same share of its cost."""
-    return uniform_places(sites, budget), ()
-
-
-def shared_exactly(sites: Sequence[Candidates], budget: Budget) -> Places:
-    """Find the least predicted loss by integer programming; never a higher one than `global`."""
-    return exact_places(sites, budget, best_of(sites, budget))
-
-
-def shared_by_log_inverse(sites: Sequence[Candidates], budget: Budget) -> Places:
-    """Give sites of one kind shares by the inverse logarithm of their losses."""
-    return log_inverse_places(sites, budget), ()
-
-
-ALLOCATORS: dict[Allocator, Callable[[Sequence[Candidates], Budget], Places]] = {
-    "global": shared_globally,
-    "uniform": shared_uniformly,
-    "exact": shared_exactly,
-    "loss_log_inverse": shared_by_log_inverse,
-}
 WORTH: dict[Unit, str] = {
     "numbers": "its parameters are",
     "bytes": "its bytes are",
@@ -230,7 +199,7 @@ SMALLER: dict[Unit, str] = {"numbers": "smaller", "bytes": "smaller", "flops": "
 
 def share_out(sites: Sequence[Candidates], budget: Budget, setting: Setting, unit: Unit) -> Allocation:
     """Return the choices of the setting's allocator."""
-    places, notes = ALLOCATORS[setting.allocate](sites, budget)
+    places, notes = ALLOCATORS.for_options(setting.allocate)(sites, setting.allocate, budget)
     return Allocation({site.name: _choice(site, place, unit) for site, place in zip(sites, places, strict=True)}, notes)
 
 

@@ -11,6 +11,20 @@ Unit = Literal["numbers", "bytes", "flops", "ms"]
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What was measured on the model for one site, where an allocator asks for it.
+
+    block: the name of the repeated block that it is in, "" outside of any. influence: 1 - cosine of what that block reads
+    and gives, None where that is not known. sensitivity: (kept share of the site's cost, how much worse the model is with
+    this site alone at that share), larger is worse, in any one unit for all sites.
+    """
+
+    block: str = ""
+    influence: float | None = None
+    sensitivity: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Offer:
     """Products of one form: ranks (k,) int64, costs (k,) float64, losses (k,) float64."""
 
@@ -26,7 +40,7 @@ class Candidates:
 
     ranks, forms: of the products, k of them; only who made them reads these. costs, losses: (k + 1,), float64; costs grow
     strictly. fixed: what the site costs besides, whatever is chosen. kind: sites of one kind are alike (the same layer of
-    another block).
+    another block). evidence: what was measured for the allocator.
     """
 
     name: str
@@ -36,6 +50,7 @@ class Candidates:
     losses: Tensor
     fixed: float = 0.0
     kind: str = ""
+    evidence: Evidence = Evidence()
 
     @classmethod
     def of(
@@ -47,6 +62,7 @@ class Candidates:
         below: float | None = None,
         fixed: float = 0.0,
         kind: str = "",
+        evidence: Evidence = Evidence(),
     ) -> "Candidates":
         """Sort offers of any forms; those that another one beats in cost and loss go, and those that cost too much.
 
@@ -71,6 +87,7 @@ class Candidates:
             torch.cat([losses[order], losses.new_zeros(1)]),
             fixed,
             kind,
+            evidence,
         )
 
     def best(self, price: float) -> int:
@@ -90,6 +107,9 @@ class Budget:
 
     amount: float
     share: float
+
+
+Places = tuple[list[int], tuple[str, ...]]  # one a site, and what the plan should say
 
 
 def total_cost(sites: Sequence[Candidates], places: Sequence[int]) -> float:

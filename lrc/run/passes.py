@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from lrc.maps import LinearMap
 from lrc.measure.workload import Workload
 from lrc.program import Program
-from lrc.ranks import AllocateField, RankField
+from lrc.ranks import AllocateField, Auto, RankField
 from lrc.run.plan import Decision
 from lrc.solvers import Decomposition, Moments, Need, SolverOptions
 from lrc.spec.base import Tagged
@@ -52,10 +52,9 @@ class RankedOptions(PassOptions):
     )
     rank: RankField = Field(description="A rank for every site, or one budget over all of them.")
     allocate: AllocateField = Field(
-        default="auto",
-        description="How a budget over all targets is shared: by marginal loss per cost (global), to the least loss by integer "
-        "programming (exact), equally (uniform), or by the inverse logarithm of the loss (loss_log_inverse); auto: global "
-        "where the solver's losses may be compared between layers (kfac), else uniform.",
+        default=Auto(),
+        description="How a budget over all targets is shared: an allocator's name, or a mapping with `type`; auto: global "
+        "(by marginal loss per cost) where the solver's losses may be compared between layers (kfac), else uniform.",
     )
     form: Literal["auto", "two_factor", "pivoted"] = Field(
         default="auto", description="How a rank-r product is stored: r(m+n) or r(m+n-r) numbers; auto: the smaller."

@@ -22,14 +22,17 @@ def trials_for(program: Program, session: Session, options: Any, index: int) -> 
     """
     if not isinstance(options.rank, QualityBudget):
         return None
-    where = f"{session.where(index)}.rank.quality"
+    trials = trials_of(program, session, options.rank.quality.metric, f"{session.where(index)}.rank.quality")
+    within(trials.score(trials.original), bound_of(options.rank.quality, trials.name))
+    return trials
+
+
+def trials_of(program: Program, session: Session, metric: Any, where: str) -> Trials:
+    """Return what measures a metric beside the model as it was before the first pass. Raises UsageError with its place."""
     if session.evaluation is None:
         raise UsageError(where, message="there is nothing to evaluate on", hint="Add `evaluate: {dataset: FILE}`")
-    metric = session.evaluation.metric(options.rank.quality.metric, where)
-    original = session.original or program.clone()
-    trials = Trials(session.cache, session.evaluation, metric, original)
-    within(trials.score(original), bound_of(options.rank.quality, trials.name))
-    return trials
+    chosen = session.evaluation.metric(metric, where)
+    return Trials(session.cache, session.evaluation, chosen, session.original or program.clone())
 
 
 def judge_of(options: Quality, trials: Trials, session: Session, made: Callable[[Choices], Program]) -> Judge:

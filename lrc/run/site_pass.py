@@ -14,6 +14,7 @@ from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
 from lrc.ranks import Choice, allocate_ranks
 from lrc.run.budget import check_shapes, priced, rest_of, spent, with_latency
+from lrc.run.evidence import with_evidence
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.points import drawer
@@ -101,6 +102,8 @@ class RankedSitePass(SitePass):
         def decided(choices: Mapping[str, Choice]) -> list[Decision]:
             decisions = []
             for chosen in selected:
+                if not chosen.keep and chosen.fqn not in choices:
+                    continue
                 made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
                 if not chosen.keep:
                     made = replace(made, after_sites=before.get(chosen.fqn, ()))
@@ -113,6 +116,7 @@ class RankedSitePass(SitePass):
             self.carry_out(clone, session, options, decided(choices), terms)
             return clone
 
+        curves = with_evidence(program, session, options, curves, terms, tried, index)
         found = allocate_ranks(
             list(curves.values()),
             options.rank,

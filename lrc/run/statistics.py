@@ -59,6 +59,10 @@ class Terms:
         self._cache.put(f"{self._keys[fqn]}-spectrum", small)
         self._spectra[fqn] = unpack(small)
 
+    def key(self, fqn: str) -> str:
+        """Return the content hash of a site's decomposition."""
+        return self._keys[fqn]
+
     def spectrum(self, fqn: str) -> Decomposition:
         """Return the decomposition without its factors."""
         return self._spectra[fqn]

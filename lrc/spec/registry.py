@@ -152,5 +152,6 @@ class Registered:
 PASSES = Registry("pass", "lrc.passes")
 SOLVERS = Registry("solver", "lrc.solvers")
 RANKS = Registry("rank policy", "lrc.ranks")
+ALLOCATORS = Registry("allocator", "lrc.allocators")
 METRICS = Registry("metric", "lrc.metrics")
 EXPORTERS = Registry("export format", "lrc.exporters", tag="format")
