@@ -319,6 +319,17 @@ def test_diff_compares_specs_plans_and_outputs(compiled: Path, mlp_spec: Path, c
     assert mixed.error.endswith("expected two specs, two plans or two output folders, got output folder and spec.")
 
 
+def test_plan_compares_other_budgets(mlp_spec: Path, cli: Run) -> None:
+    made = cli("plan", mlp_spec, *MLP, "--pareto", "0.9,0.7", "--json")
+    assert made.code == 0
+    own = made.json["points"][1 if made.json["points"][1]["chosen"] else 2]
+    assert own["chosen"]
+    assert {point["amount"] for point in made.json["points"]} == {0.9, 0.7, own["amount"]}
+    assert "budgets that were tried" in cli("plan", mlp_spec, *MLP, "--pareto", "0.9,0.7").out
+    wrong = cli("plan", mlp_spec, *MLP, "--pareto", "0.9,much")
+    assert (wrong.code, "pareto.budgets.1" in wrong.error) == (2, True)
+
+
 def test_report_writes_one_page_that_loads_nothing(finished: Finished, cli: Run, in_tmp: Path) -> None:
     made = cli("report", finished.path, "-o", "page.html", "--json")
     assert (made.code, made.json) == (0, {"report": "page.html"})

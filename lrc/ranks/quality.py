@@ -80,7 +80,7 @@ def quality(curves: Sequence[SiteCurve], options: QualityBudget, setting: Settin
     if all(choice.rank is None for choice in best.choices.values()):
         return _refused(curves, "no smaller model was found to meet the bound of quality", tried)
     note = f"quality: params_kept {best.amount:.4g} is the smallest found to meet the bound, {best.verdict.text}"
-    return Allocation(best.choices, (note, *_steps(tried)), tuple(tried))
+    return Allocation(best.choices, (note,), tuple(tried))
 
 
 def bisect(
@@ -120,8 +120,4 @@ def _dense(curves: Sequence[SiteCurve], reason: str) -> dict[str, Choice]:
 
 
 def _refused(curves: Sequence[SiteCurve], reason: str, tried: Sequence[Tried]) -> Allocation:
-    return Allocation(_dense(curves, reason), (f"quality: everything stays dense: {reason}", *_steps(tried)), tuple(tried))
-
-
-def _steps(tried: Sequence[Tried]) -> list[str]:
-    return [f"quality: params_kept {t.amount:.4g}: {t.verdict.text}{'' if t.verdict.ok else ', misses it'}" for t in tried]
+    return Allocation(_dense(curves, reason), (f"quality: everything stays dense: {reason}",), tuple(tried))

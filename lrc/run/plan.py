@@ -65,25 +65,25 @@ class Decision:
 class Point:
     """A budget that was tried while a pass was planned, and what the model would be with it.
 
-    index: the pass. budget, amount: its name and value. parameters, bytes: of the whole model. flops: of the targets per
-    sample, None where the shapes do not tell. ms: predicted time of the targets, where it was measured. loss: predicted, of
-    all targets, in `unit`; None where the units differ. metric, value: what was measured on the model, if anything. refused:
-    why the budget cannot be met. chosen: it is the one that the plan carries out.
+    index: the pass. budget, amount: its name and value. parameters, bytes: of the whole model, None where the budget cannot
+    be met. flops: of the targets per sample, None where the shapes do not tell. ms: predicted time of the targets, where it was
+    measured. loss: predicted, of all targets, in `unit`; None where the units differ. metric, value: what was measured on the
+    model, if anything. chosen: it is the one that the plan carries out. note: why the budget was refused, or missed a bound.
     """
 
     index: int
     budget: str
     amount: float
-    parameters: int = 0
-    bytes: int = 0
+    parameters: int | None = None
+    bytes: int | None = None
     flops: float | None = None
     ms: float | None = None
     loss: float | None = None
     unit: str | None = None
     metric: str | None = None
     value: float | None = None
-    refused: str | None = None
     chosen: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)

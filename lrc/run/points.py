@@ -1,8 +1,8 @@
 """What a budget that was tried would make of the model, as a point of the plan."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from lrc.errors import LrcError
 from lrc.measure.workload import rows_per_sample, shapes_at
@@ -13,7 +13,12 @@ from lrc.run.pipeline import difference
 from lrc.run.plan import Decision, Point
 from lrc.run.session import Session
 
-Draw = Callable[[Sequence[Decision], str, float], Point]
+
+class Draw(Protocol):
+    """What turns decisions into a point of the plan."""
+
+    def __call__(self, decisions: Sequence[Decision], budget: str, amount: float, *, refused: str = "") -> Point:
+        """Return the point; of a budget that was refused, with the reason and without sizes."""
 
 
 def drawer(program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve], index: int) -> Draw:
@@ -22,7 +27,9 @@ def drawer(program: Program, session: Session, options: Any, curves: Mapping[str
     counted = with_rows(program, session, options, curves)
     timed = all(curve.times is not None for curve in curves.values()) and bool(curves)
 
-    def draw(decisions: Sequence[Decision], budget: str, amount: float) -> Point:
+    def draw(decisions: Sequence[Decision], budget: str, amount: float, *, refused: str = "") -> Point:
+        if refused:
+            return Point(index, budget, amount, note=refused)
         more_numbers, more_bytes = difference(program, decisions)
         units = {d.unit for d in decisions if d.unit is not None}
         return Point(

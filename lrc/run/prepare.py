@@ -90,6 +90,7 @@ def prepare(
         progress=progress,
         has_data=calibration is not None or document.calibration is not None,
         evaluation=Evaluation(document.evaluate, request_for(program, document, base, allow_code=allow_code)),
+        pareto=document.pareto,
     )
     return Prepared(program, document, file, session)
 

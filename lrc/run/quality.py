@@ -1,6 +1,6 @@
 """A budget of quality on a program: every step's model is made from the stored decompositions and measured."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +8,7 @@ from lrc.errors import UsageError
 from lrc.program import Program
 from lrc.ranks import Allocation, Choice, Judge, Quality, QualityBudget, Verdict
 from lrc.run.plan import Decision, Point
+from lrc.run.points import Draw
 from lrc.run.session import Session
 from lrc.run.trials import Trials, bound_of, in_words, within
 
@@ -51,15 +52,15 @@ def judge_of(options: Quality, trials: Trials, session: Session, made: Callable[
     return judge
 
 
-def points_of(
-    found: Allocation, decided: Callable[[Choices], list[Decision]], draw: Callable[[Sequence[Decision], str, float], Point]
-) -> list[Point]:
+def points_of(found: Allocation, decided: Callable[[Choices], list[Decision]], draw: Draw) -> list[Point]:
     """Return what is to tell of the budgets that were tried, largest first."""
     points: list[Point] = []
     for step in sorted(found.tried, key=lambda step: -step.amount):
         point = draw(decided(step.choices), step.budget, step.amount)
         chosen = same(step.choices, found.choices) and not any(p.chosen for p in points)
-        points.append(replace(point, metric=step.verdict.metric, value=step.verdict.value, chosen=chosen))
+        note = "" if step.verdict.ok else "misses the bound"
+        verdict = step.verdict
+        points.append(replace(point, metric=verdict.metric, value=verdict.value, chosen=chosen, note=note))
     return points
 
 

@@ -17,6 +17,7 @@ from lrc.run.plan import Point
 from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
 from lrc.run.trials import Evaluation
 from lrc.solvers import Decomposition, Moments, Need
+from lrc.spec.document import ParetoSpec
 from lrc.spec.registry import SOLVERS
 
 T = TypeVar("T")
@@ -39,7 +40,8 @@ class Session:
 
     batches: makes the calibration batches, called at most once and only when a statistic is needed; has_data: whether there
     are any. notices: what the plan should mention beside the decisions (shadowed patterns, how a budget was shared); points:
-    the budgets that were tried. evaluation: how the spec judges. original: the program before the first pass.
+    the budgets that were tried. evaluation: how the spec judges; pareto: which budgets it wants to see beside its own.
+    original: the program before the first pass.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Session:
         progress: Progress = silent,
         has_data: bool = True,
         evaluation: Evaluation | None = None,
+        pareto: ParetoSpec | None = None,
     ) -> None:
         self.cache = cache
         self.seed = seed
@@ -61,6 +64,7 @@ class Session:
         self.notices: list[str] = []
         self.points: list[Point] = []
         self.evaluation = evaluation
+        self.pareto = pareto
         self.original: Program | None = None
         self.has_data = has_data
         self._make_batches = batches

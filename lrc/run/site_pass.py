@@ -24,6 +24,7 @@ from lrc.run.selection import Selected, select_sites
 from lrc.run.session import Session, settled
 from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
+from lrc.run.sweep import swept
 from lrc.spec.registry import PASSES, Rule
 
 Made = LinearMap | Rewrite | Keep
@@ -127,8 +128,10 @@ class RankedSitePass(SitePass):
         )
         decisions = decided(found.choices)
         session.notices += [*found.notes, *spent(options, curves, decisions)]
-        if found.tried:
-            session.points += points_of(found, decided, drawer(program, session, options, curves, index))
+        if found.tried or session.pareto is not None:
+            draw = drawer(program, session, options, curves, index)
+            session.points += points_of(found, decided, draw)
+            session.points += swept(program, session, options, curves, decided, tried, draw)
         return decisions
 
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:

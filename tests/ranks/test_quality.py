@@ -50,7 +50,7 @@ def test_every_step_halves_what_is_not_known() -> None:
     made = found(0.6, asked)
     assert len(asked) == 8  # the dense one, and 7 halvings of what is above the smallest ranks
     assert [tried.verdict.value for tried in made.tried] == asked
-    assert sum("misses it" in note for note in made.notes) == sum(not tried.verdict.ok for tried in made.tried)
+    assert len(made.notes) == 1
     assert found(0.6).choices == made.choices
 
 

@@ -1,0 +1,73 @@
+"""Other budgets for a pass, planned from the same decompositions: what each would cost and lose."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from lrc.errors import UsageError
+from lrc.program import Program
+from lrc.ranks import ParamsKept, QualityBudget, RankPolicy, SiteCurve, allocate_ranks
+from lrc.run.budget import rest_of
+from lrc.run.plan import Decision, Point
+from lrc.run.points import Draw
+from lrc.run.quality import Choices, trials_of
+from lrc.run.session import Session
+from lrc.spec.registry import tag_of
+
+
+def swept(
+    program: Program,
+    session: Session,
+    options: Any,
+    curves: Mapping[str, SiteCurve],
+    decided: Callable[[Choices], list[Decision]],
+    made: Callable[[Choices], Program],
+    draw: Draw,
+) -> list[Point]:
+    """Return a point for every budget of the spec's `pareto`, and for the pass's own, the largest amount first.
+
+    An amount that not even the smallest ranks meet is a point with the reason. A pass without a budget has none, with a note.
+    Raises UsageError for a number that is no amount of the pass's budget.
+    """
+    if session.pareto is None:
+        return []
+    if not options.rank.budget:
+        session.notices.append(f"pareto: the ranks of `{options.type}` come from no budget, so there is none to vary")
+        return []
+    kind: type[RankPolicy] = ParamsKept if isinstance(options.rank, QualityBudget) else type(options.rank)
+    key = tag_of(kind)
+    own = getattr(options.rank, key, None)
+    metric = session.pareto.metric
+    trials = None if metric is None else trials_of(program, session, metric, "pareto")
+    amounts = sorted({*session.pareto.budgets, *([] if own is None else [own])}, reverse=True)
+    policies = [policy_of(kind, key, amount) for amount in amounts]
+    points = []
+    for amount, policy in session.track("pareto", list(zip(amounts, policies, strict=True))):
+        try:
+            choices = allocate_ranks(
+                list(curves.values()),
+                policy,
+                allocate=options.allocate,
+                round_to=options.round_to,
+                rest=rest_of(program, curves),
+            ).choices
+        except UsageError as error:
+            points.append(draw((), key, amount, refused=str(error)))
+            continue
+        point = replace(draw(decided(choices), key, amount), chosen=amount == own)
+        if trials is not None:
+            score = trials.score(made(choices))
+            point = replace(point, metric=score.metric, value=score.value)
+        points.append(point)
+    return points
+
+
+def policy_of(kind: type[RankPolicy], key: str, amount: float) -> RankPolicy:
+    """Return a budget of some amount. Raises UsageError for a number that it does not take."""
+    try:
+        return kind.model_validate({key: amount})
+    except ValidationError as error:
+        what = error.errors()[0]["msg"].lower()
+        raise UsageError("pareto.budgets", message=f"{key}: {what}, got {amount:g}") from error
