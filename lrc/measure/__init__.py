@@ -2,7 +2,7 @@
 
 from lrc.measure.cache import Cache, digest
 from lrc.measure.collect import collect
-from lrc.measure.latency import Latency, measure_latency, speedup
+from lrc.measure.latency import Latency, Ratio, joined, measure_latency, ratio_to, speedup
 from lrc.measure.lockstep import Lockstep
 from lrc.measure.spectrum import spectrum, stable_rank
 
@@ -10,9 +10,12 @@ __all__ = [
     "Cache",
     "Latency",
     "Lockstep",
+    "Ratio",
     "collect",
     "digest",
+    "joined",
     "measure_latency",
+    "ratio_to",
     "spectrum",
     "speedup",
     "stable_rank",

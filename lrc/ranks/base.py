@@ -27,11 +27,13 @@ Form = Literal["auto", "two_factor", "pivoted"]
 class Times:
     """Measured times of one site at the user's shapes, in ms, all its uses together.
 
-    present: as the site is now. products: form -> measured rank -> time of the product of that rank.
+    present: as the site is now. products: form -> measured rank -> time of the product of that rank. noise: how uncertain
+    they are, relative to themselves.
     """
 
     present: float
     products: Mapping[str, Mapping[int, float]]
+    noise: float = 0.0
 
     def at(self, form: str, ranks: Tensor) -> Tensor:
         """Return the time of the next larger measured rank for each of `ranks`, infinite beyond the largest one, float64."""
@@ -113,7 +115,7 @@ class SiteCurve:
         for form, of_form in offered.items():
             of_form = of_form[self.cost("bytes", form, of_form) < self.stored]
             offers.append(Offer(form, of_form, self.cost(unit, form, of_form), self.losses.double()[of_form]))
-        below = self.present(unit) * (1 - NOISE if unit == "ms" else 1)
+        below = self.present(unit) * (1 - max(NOISE, self._measured.noise) if unit == "ms" else 1)
         kind = f"{re.sub(r'[0-9]+', '*', self.name)} {self.out_features} x {self.in_features}"
         return Candidates.of(
             self.name, offers, self.present(unit), below=below, fixed=self.fixed(unit), kind=kind, evidence=self.evidence
