@@ -1,6 +1,6 @@
 """What a budget must know of the program beside spectra, and what the plan says of how it was spent."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from lrc.measure import digest
 from lrc.measure.operators import NOISE, PRESENT, bucket, measure_operators
 from lrc.measure.workload import Shapes, rows_per_sample, shapes_at, shapes_per_use, typical
 from lrc.program import Program, Site
-from lrc.ranks import SiteCurve, Times, Unit, measured_ranks
+from lrc.ranks import QualityBudget, SiteCurve, Times, Unit, allocate_ranks, measured_ranks
 from lrc.ranks.base import NOISE as MARGIN
 from lrc.run.plan import Decision
 from lrc.run.session import Session
+from lrc.run.statistics import outline_of
 from lrc.run.summary import outline
 
 Table = dict[str, float]
@@ -25,6 +26,23 @@ def check_shapes(program: Program, session: Session, options: Any) -> None:
     """Raise UsageError for shapes that the program does not take, before anything is measured or decomposed."""
     if unit_of(options) in ("flops", "ms"):
         shapes_at(program, [program.inputs.examples], options.at)
+
+
+def check_budget(program: Program, session: Session, options: Any, fqns: Sequence[str]) -> None:
+    """Raise UsageError for a budget that not even the smallest ranks meet, by shapes alone, before anything is measured.
+
+    What only a decomposition tells (a bias that the layer lacks), and times, may make another one impossible later on.
+    """
+    unit, round_to = unit_of(options), options.round_to
+    if unit in (None, "ms"):
+        return
+    sites = [program.sites[fqn] for fqn in fqns]
+    curves = {site.fqn: outline_of(site, options.form, min(round_to, *site.shape)) for site in sites}
+    if unit == "flops":
+        curves = priced(program, session, options, curves)
+    rest = rest_of(program, curves)
+    if not isinstance(options.rank, QualityBudget):
+        allocate_ranks(list(curves.values()), options.rank, allocate="uniform", round_to=round_to, rest=rest)
 
 
 def priced(program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve]) -> dict[str, SiteCurve]:

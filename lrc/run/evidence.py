@@ -23,6 +23,21 @@ Make = Callable[[Choices], Program]
 HELD = 2**26  # numbers of the dense model's outputs that are held; beyond it they are computed again
 
 
+def check_evidence(program: Program, session: Session, options: Any, index: int) -> None:
+    """Raise UsageError where the allocator of a budget asks for what cannot be measured, before anything is."""
+    if not options.rank.budget or not options.allocate.measures:
+        return
+    metric = getattr(options.allocate, "metric", None)
+    if metric is not None:
+        trials_of(program, session, metric, f"{session.where(index)}.allocate").check()
+    elif not session.has_data:
+        raise UsageError(
+            f"{session.where(index)}.allocate",
+            message=f"`{options.allocate.type}` looks at the model's runs, and the spec has no `calibration`",
+            hint="Add `calibration: {dataset: FILE}`, or choose another allocator",
+        )
+
+
 def with_evidence(
     program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve], terms: Terms, make: Make, index: int
 ) -> dict[str, SiteCurve]:

@@ -13,8 +13,8 @@ from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
 from lrc.ranks import Choice, allocate_ranks
-from lrc.run.budget import check_shapes, priced, rest_of, spent, with_latency
-from lrc.run.evidence import with_evidence
+from lrc.run.budget import check_budget, check_shapes, priced, rest_of, spent, with_latency
+from lrc.run.evidence import check_evidence, with_evidence
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.points import drawer
@@ -24,7 +24,7 @@ from lrc.run.selection import Selected, select_sites
 from lrc.run.session import Session, settled
 from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
-from lrc.run.sweep import swept
+from lrc.run.sweep import check_sweep, swept
 from lrc.spec.registry import PASSES, Rule
 
 Made = LinearMap | Rewrite | Keep
@@ -95,6 +95,9 @@ class RankedSitePass(SitePass):
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
         check_shapes(program, session, options)
+        check_budget(program, session, options, free)
+        check_sweep(program, session, options)
+        check_evidence(program, session, options, index)
         trials = trials_for(program, session, options, index)
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})

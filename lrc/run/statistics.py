@@ -76,28 +76,39 @@ class Terms:
     def curve(self, site: Site, form: Form) -> SiteCurve:
         """Return what a rank policy looks at."""
         terms = self._spectra[site.fqn]
-        now, bias = site.map.cost(1), site.map.bias_cost(1)
-        stays = site.fqn not in site.program.maps and bool(site.tied)  # what else reads the weight goes on reading it
         without = any(use.bias is None for use in site.uses)
-        return SiteCurve(
-            name=site.fqn,
-            out_features=site.out_features,
-            in_features=site.in_features,
+        added = without and (terms.mean is not None or site.bias is not None)
+        found = outline_of(site, form, len(terms.S))
+        return replace(
+            found,
             losses=terms.losses(),
             S=terms.S,
-            form=form if "pivoted" in site.layout.forms else "two_factor",
-            bias=bias.parameters,
-            extra=site.out_features if without and (terms.mean is not None or site.bias is not None) else 0,
-            index=4 * site.out_features / site.dtype.itemsize,
+            extra=site.out_features if added else 0,
             additive=terms.unit == LOSS_UNIT,
-            itemsize=site.dtype.itemsize,
-            looked_up=site.kind == "embedding",
-            now={
-                "numbers": now.parameters - bias.parameters,
-                "bytes": 0 if stays else now.bytes - bias.bytes,
-                "flops": now.flops - bias.flops,
-            },
         )
+
+
+def outline_of(site: Site, form: Form, ranks: int) -> SiteCurve:
+    """Return the curve of a site as far as its shape tells: products of up to so many ranks, without losses."""
+    now, bias = site.map.cost(1), site.map.bias_cost(1)
+    stays = site.fqn not in site.program.maps and bool(site.tied)  # what else reads the weight goes on reading it
+    return SiteCurve(
+        name=site.fqn,
+        out_features=site.out_features,
+        in_features=site.in_features,
+        losses=torch.zeros(ranks + 1, dtype=torch.float64),
+        S=torch.zeros(ranks, dtype=torch.float64),
+        form=form if "pivoted" in site.layout.forms else "two_factor",
+        bias=bias.parameters,
+        index=4 * site.out_features / site.dtype.itemsize,
+        itemsize=site.dtype.itemsize,
+        looked_up=site.kind == "embedding",
+        now={
+            "numbers": now.parameters - bias.parameters,
+            "bytes": 0 if stays else now.bytes - bias.bytes,
+            "flops": now.flops - bias.flops,
+        },
+    )
 
 
 def terms_key(site: Site, measured: str, solver: Any, max_rank: int, seed: int) -> str:

@@ -17,6 +17,22 @@ from lrc.run.session import Session
 from lrc.spec.registry import tag_of
 
 
+def check_sweep(program: Program, session: Session, options: Any) -> None:
+    """Raise UsageError for a sweep that cannot be made, before anything is measured."""
+    if session.pareto is None or not options.rank.budget:
+        return
+    kind = kind_of(options)
+    for amount in session.pareto.budgets:
+        policy_of(kind, tag_of(kind), amount)
+    if session.pareto.metric is not None:
+        trials_of(program, session, session.pareto.metric, "pareto").check()
+
+
+def kind_of(options: Any) -> type[RankPolicy]:
+    """Return the budget whose amounts vary: the pass's own, or parameters where that is one of quality."""
+    return ParamsKept if isinstance(options.rank, QualityBudget) else type(options.rank)
+
+
 def swept(
     program: Program,
     session: Session,
@@ -36,7 +52,7 @@ def swept(
     if not options.rank.budget:
         session.notices.append(f"pareto: the ranks of `{options.type}` come from no budget, so there is none to vary")
         return []
-    kind: type[RankPolicy] = ParamsKept if isinstance(options.rank, QualityBudget) else type(options.rank)
+    kind = kind_of(options)
     key = tag_of(kind)
     own = getattr(options.rank, key, None)
     metric = session.pareto.metric

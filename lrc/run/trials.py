@@ -16,7 +16,7 @@ from lrc.run.output import sha256
 from lrc.spec.document import EvaluateSpec, GatesSpec
 from lrc.spec.registry import METRICS
 from lrc.verify.evaluate import Score, evaluate, judge, metric_name
-from lrc.verify.metrics.base import MetricOptions
+from lrc.verify.metrics.base import MetricOptions, Subject
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
 
@@ -59,6 +59,10 @@ class Trials:
         self._seen: dict[str, float] = {}
         self._data = self._digest_of_data() if _ours(options) else None
         self._key_of_original = self._key(original)
+
+    def check(self) -> None:
+        """Raise UsageError where the metric has no data."""
+        Subject(self.original, self.evaluation.request).data(self.options)
 
     def score(self, program: Program) -> Score:
         """Return the metric of a program, beside that of the original. Raises UsageError where there is no data."""
