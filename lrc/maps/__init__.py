@@ -8,7 +8,9 @@ from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
 from lrc.maps.lookup import Lookup
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
-from lrc.maps.simplify import Folded, fold, simplify
+from lrc.maps.quantized import Quantized
+from lrc.maps.simplify import Folded, fold, rebuilt, simplify
+from lrc.maps.sparse import Sparse
 from lrc.maps.structure import pivoted_structure, restore
 
 __all__ = [
@@ -29,8 +31,10 @@ __all__ = [
     "Patches",
     "Permutation",
     "Pivoted",
+    "Quantized",
     "Rows",
     "Scale",
+    "Sparse",
     "Structure",
     "Sum",
     "fold",
@@ -39,6 +43,7 @@ __all__ = [
     "permute_outputs",
     "pivoted_structure",
     "planned",
+    "rebuilt",
     "restore",
     "simplify",
 ]

@@ -77,6 +77,11 @@ class LinearMap(nn.Module):
         """The dtype of the map's floating numbers."""
         return next(t.dtype for t in self.parameters() if t.is_floating_point())
 
+    @property
+    def packed(self) -> int:
+        """How many numbers the map itself stores in another way than as floating tensors, fewer the tensors of their scales."""
+        return 0
+
     def set_bias(self, bias: Tensor | None) -> None:
         """Make `bias` (out_features,), or none, what is added last."""
         self.register_parameter("bias", None if bias is None else as_parameter(bias))

@@ -11,8 +11,10 @@ from lrc.maps.conv import Conv, ConvChain
 from lrc.maps.leaves import Dense, Diagonal, Permutation
 from lrc.maps.lookup import Lookup
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.quantized import Quantized
+from lrc.maps.sparse import Sparse
 
-KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup)
+KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Quantized, Sparse)
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 
 

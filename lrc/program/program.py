@@ -182,9 +182,10 @@ class Program:
         return stored_tensors(self.graph_module)
 
     def size(self) -> tuple[int, int]:
-        """Return the program's stored floating numbers, and all its stored bytes."""
+        """Return the program's stored numbers, packed ones too, and all its stored bytes."""
         tensors = list(self.tensors().values())
         numbers = sum(t.numel() for t in tensors if t.is_floating_point())
+        numbers += sum(module.packed for module in self.graph_module.modules() if isinstance(module, LinearMap))
         return numbers, sum(t.numel() * t.element_size() for t in tensors)
 
     def digest(self) -> str:

@@ -6,10 +6,11 @@ from lrc.errors import UsageError
 from lrc.measure import Cache, spectrum, stable_rank
 from lrc.program import Program
 from lrc.spec.load import preset_names
-from lrc.spec.registry import ALLOCATORS, EXPORTERS, METRICS, PASSES, RANKS, SOLVERS, Registry
+from lrc.spec.registry import ALLOCATORS, EXPORTERS, METRICS, PASSES, RANKS, SOLVERS, SPLITTERS, Registry
 
 REGISTRIES: dict[str, Registry] = {
-    "passes": PASSES, "solvers": SOLVERS, "ranks": RANKS, "allocators": ALLOCATORS, "metrics": METRICS, "exports": EXPORTERS,
+    "passes": PASSES, "solvers": SOLVERS, "splitters": SPLITTERS, "ranks": RANKS, "allocators": ALLOCATORS,
+    "metrics": METRICS, "exports": EXPORTERS,
 }  # fmt: skip
 
 

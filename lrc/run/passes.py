@@ -79,6 +79,12 @@ class RankedOptions(PassOptions):
         return self
 
 
+def needs_of(options: PassOptions) -> frozenset[Need]:
+    """Return the statistics that a pass needs, those of its solver among them."""
+    solver = getattr(options, "solver", None)
+    return frozenset(options.needs | (solver.needs if solver is not None else frozenset()))
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """A new map, with what the plan should say about it. rank: where it is another one than was decided."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from lrc.program import Program, Site
-from lrc.run.passes import PassOptions, pass_for
+from lrc.run.passes import needs_of, pass_for
 from lrc.run.plan import Decision, Plan
 from lrc.run.session import Session
 from lrc.solvers import Need
@@ -91,9 +91,3 @@ def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, sessio
 def gram_numbers(site: Site) -> int:
     """Return how many numbers the second moment of a site's inputs has; that of one-hot vectors is diagonal."""
     return site.in_features if site.kind == "embedding" else site.in_features**2
-
-
-def needs_of(options: PassOptions) -> frozenset[Need]:
-    """Return the statistics that a pass needs, those of its solver among them."""
-    solver = getattr(options, "solver", None)
-    return frozenset(options.needs | (solver.needs if solver is not None else frozenset()))

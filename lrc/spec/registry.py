@@ -151,6 +151,7 @@ class Registered:
 
 PASSES = Registry("pass", "lrc.passes")
 SOLVERS = Registry("solver", "lrc.solvers")
+SPLITTERS = Registry("splitter", "lrc.splitters")
 RANKS = Registry("rank policy", "lrc.ranks")
 ALLOCATORS = Registry("allocator", "lrc.allocators")
 METRICS = Registry("metric", "lrc.metrics")

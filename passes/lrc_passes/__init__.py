@@ -2,5 +2,7 @@
 
 from lrc_passes.factorize import factorize
 from lrc_passes.merge import merge
+from lrc_passes.quantize import quantize
+from lrc_passes.split import split
 
-BUILTIN = (factorize, merge)
+BUILTIN = (factorize, merge, quantize, split)
