@@ -15,6 +15,7 @@ import torch
 
 import lrc
 from lrc.api import Finished
+from lrc.spec.registry import ALLOCATORS, EXPORTERS, RANKS, SOLVERS
 
 Run = tiny.Run
 VERBS = [
@@ -109,6 +110,16 @@ def test_init_asks_for_text_or_arrays_as_the_model_takes_them(bert: Path, cli: R
     text = (in_tmp / "mlp.yaml").read_text()
     assert "calibration: {dataset: calibration.npz" in text
     assert "export: [{format: pt2}, {format: onnx}]" in text
+
+
+def test_init_names_every_solver_budget_allocator_and_export(bert: Path, cli: Run, in_tmp: Path) -> None:
+    cli("init", bert, "-o", "bert.yaml")
+    text = (in_tmp / "bert.yaml").read_text()
+    for rule in (*SOLVERS, *ALLOCATORS):
+        assert f"#   {rule.name}: " in text or f"solver: {rule.name}  #" in text
+    assert all(f"{{{rule.name}: " in text for rule in RANKS if rule.name != "rank")
+    assert all(rule.name in text for rule in EXPORTERS)
+    assert max(map(len, text.splitlines())) < 160
 
 
 def test_init_never_overwrites(cli: Run, in_tmp: Path) -> None:
