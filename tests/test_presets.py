@@ -61,6 +61,16 @@ def needs_of(name: str) -> set[str]:
     return {solver if isinstance(solver, str) else solver["type"] for solver in solvers if solver is not None}
 
 
+def adapts(name: str) -> bool:
+    """Whether a preset puts adapters into a model, and so makes it larger."""
+    text = (resources.files("lrc_specs") / f"{name}.yaml").read_text(encoding="utf-8")
+    return bool(yaml.safe_load(text)["passes"][0]["type"] == "adapt")
+
+
+COMPRESSING = [name for name in preset_names() if not adapts(name)]
+ADAPTING = [name for name in preset_names() if adapts(name)]
+
+
 def spec_of(name: str, data: Path) -> Path:
     """A spec that builds on a preset: the preset's name and data, and ranks that a tiny layer can have."""
     path = Path("spec.yaml")
@@ -70,7 +80,21 @@ def spec_of(name: str, data: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", ADAPTING)
+def test_a_preset_adapts_a_tiny_model(name: str, llama: Path, data: Path) -> None:
+    model = captured(llama).clone()
+    overrides = {"vera": ["passes.0.rank=8"]}.get(name, [])  # for a tiny model
+    done = compile_to_folder(model, spec_of(name, data), overrides=overrides, output="out")
+    done.raise_on_failure()
+    plan = done.record.plan
+    adapted = [decision for decision in plan.decisions if decision.keep is None]
+    assert adapted
+    assert {decision.type for decision in adapted} == {"adapt"}
+    assert all(row["ok"] for row in done.record.parity)
+    assert plan.parameters[0] < plan.parameters[1] < 2 * plan.parameters[0]
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
 def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, nonnegative_llama: Path, data: Path) -> None:
     absent = needs_of(name) - SOLVER_NAMES - SPLITTER_NAMES
     if absent:
@@ -89,7 +113,7 @@ def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, nonn
     assert packed or plan.parameters[1] < plan.parameters[0]
     assert plan.bytes[1] < plan.bytes[0]
     assert all(row["ok"] for row in done.record.parity)
-    assert not any(d.rank for d in plan.decisions if d.name == "lm_head")
+    assert not any(d.rank for d in plan.decisions if d.type == "factorize" and d.name == "lm_head")
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model.origin.model, lrc.load("out")))
     assert packed or before - after == plan.parameters[0] - plan.parameters[1]
 

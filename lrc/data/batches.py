@@ -11,6 +11,7 @@ from torch import Tensor
 from lrc.errors import DataError, UsageError
 
 Batch = dict[str, Tensor]
+IGNORED = -100  # the label that transformers and torch leave out of a loss
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from lrc.data.batches import Batches, drawn, from_factory, in_batches, of_equal_length
+from lrc.data.batches import IGNORED, Batches, drawn, from_factory, in_batches, of_equal_length
 from lrc.data.files import Row, ids_of, read_arrays, read_rows, read_text, texts_of
-from lrc.data.text import Sample, Tokenizer, load_tokenizer, token_stream, tokenize, windows
+from lrc.data.text import Sample, Tokenizer, load_tokenizer, sliding, token_stream, tokenize, windows
 from lrc.errors import DataError, UsageError
 
 ID_COLUMNS = ("input_ids", "ids", "tokens")
@@ -68,6 +68,22 @@ def load_windows(request: Request) -> Batches:
     places = _places(len(found), request)
     ids = torch.tensor([found[i] for i in places])
     arrays = {"input_ids": ids}
+    if "attention_mask" in request.inputs:
+        arrays["attention_mask"] = torch.ones_like(ids)
+    return in_batches(arrays, request.batch_size)
+
+
+def load_sliding_windows(request: Request, stride: int) -> Batches:
+    """Return windows of `max_length` tokens, one every `stride` of them, and the last one where the stream ends.
+
+    `labels` are the ids that no window before holds, and -100 for all others. `samples` of them are the first ones.
+    """
+    stream = read_stream(request)
+    starts = sliding(len(stream), request.max_length, stride, str(request.path))[: request.samples]
+    ids = torch.tensor([stream[start : start + request.max_length] for start in starts])
+    ends = torch.tensor([0, *(start + request.max_length for start in starts[:-1])])
+    places = torch.tensor(starts)[:, None] + torch.arange(request.max_length)
+    arrays = {"input_ids": ids, "labels": ids.masked_fill(places < ends[:, None], IGNORED)}
     if "attention_mask" in request.inputs:
         arrays["attention_mask"] = torch.ones_like(ids)
     return in_batches(arrays, request.batch_size)

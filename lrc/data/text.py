@@ -64,7 +64,20 @@ def windows(stream: Sequence[int], max_length: int, where: str) -> list[list[int
 
     Raises DataError when there is not even one.
     """
-    found = [list(stream[i : i + max_length]) for i in range(0, len(stream) - max_length + 1, max_length)]
-    if not found:
-        raise DataError(where, expected=f"at least {max_length} tokens", got=str(len(stream)), hint="Lower `max_length`")
-    return found
+    _check_length(len(stream), max_length, where)
+    return [list(stream[i : i + max_length]) for i in range(0, len(stream) - max_length + 1, max_length)]
+
+
+def sliding(count: int, max_length: int, stride: int, where: str) -> list[int]:
+    """Return where windows of `max_length` of `count` ids start, `stride` apart, and one more that ends where the ids do.
+
+    Raises DataError when there is not even one.
+    """
+    _check_length(count, max_length, where)
+    last = count - max_length
+    return [*range(0, last, stride), last]
+
+
+def _check_length(count: int, max_length: int, where: str) -> None:
+    if count < max_length:
+        raise DataError(where, expected=f"at least {max_length} tokens", got=str(count), hint="Lower `max_length`")

@@ -5,6 +5,7 @@ of its factors, and rows of what a site reads and gives.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lrc.maps.bag import Bag, Entries, Mode, entries_of
 from lrc.maps.base import LinearMap
 from lrc.maps.composites import Chain
 from lrc.maps.conv import Conv, ConvChain, Geometry
@@ -22,9 +24,13 @@ Form = Literal["two_factor", "pivoted"]
 
 
 class Layout(Protocol):
-    """What every layout says. kind: its name; forms: those that a rank-r product can be stored in."""
+    """What every layout says.
+
+    kind: its name; forms: those that a rank-r product can be stored in; looked_up: sites read indices, not features.
+    """
 
     kind: ClassVar[str]
+    looked_up: ClassVar[bool]
     forms: ClassVar[tuple[Form, ...]]
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
@@ -32,6 +38,12 @@ class Layout(Protocol):
 
     def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the tensor as a map; it shares its memory."""
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return the map of one matrix (out_features, in_features)."""
+
+    def pointwise(self, weight: Tensor, bias: Tensor | None = None) -> LinearMap:
+        """Return the map of a matrix that is applied after the site, to the features that it gives."""
 
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the map of B @ A, B (out_features, rank), A (rank, in_features)."""
@@ -41,6 +53,10 @@ class Layout(Protocol):
 
     def outputs(self, value: Tensor) -> Tensor:
         """Return what a site gives as rows, (..., out_features)."""
+
+    @property
+    def spatial(self) -> int:
+        """How many dimensions come after the features of what a site gives."""
 
     def obstacle(self) -> str | None:
         """Return why no product of two factors stands for such a tensor, or None."""
@@ -52,6 +68,7 @@ class Rows:
 
     transposed: bool = False
     kind: ClassVar[str] = "linear"
+    looked_up: ClassVar[bool] = False
     forms: ClassVar[tuple[Form, ...]] = ("two_factor", "pivoted")
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
@@ -62,6 +79,14 @@ class Rows:
     def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
         """Return a dense map."""
         return Dense(stored.T if self.transposed else stored, bias)
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return a dense map."""
+        return Dense(weight, bias)
+
+    def pointwise(self, weight: Tensor, bias: Tensor | None = None) -> LinearMap:
+        """Return a dense map."""
+        return Dense(weight, bias)
 
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return a chain of two matrices."""
@@ -75,6 +100,11 @@ class Rows:
         """Return the value itself."""
         return value
 
+    @property
+    def spatial(self) -> int:
+        """None."""
+        return 0
+
     def obstacle(self) -> str | None:
         """Return None: there always is one."""
         return None
@@ -87,6 +117,7 @@ class Patches:
     kernel: tuple[int, ...]
     geometry: Geometry
     kind: ClassVar[str] = "conv"
+    looked_up: ClassVar[bool] = False
     forms: ClassVar[tuple[Form, ...]] = ("two_factor",)
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
@@ -96,6 +127,15 @@ class Patches:
     def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
         """Return one convolution."""
         return Conv(stored, self.geometry, bias)
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return one convolution."""
+        return Conv(weight.reshape(weight.shape[0], -1, *self.kernel), self.geometry, bias)
+
+    def pointwise(self, weight: Tensor, bias: Tensor | None = None) -> LinearMap:
+        """Return a convolution of size 1 x 1."""
+        dims = len(self.kernel)
+        return Conv(weight.reshape(*weight.shape, *(1,) * dims), Geometry.unit(dims), bias)
 
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return a convolution to `rank` channels with the whole kernel, and one of 1 x 1 after it."""
@@ -119,6 +159,11 @@ class Patches:
         """Return (batch, channels, *sizes) with the channels last."""
         return value.movedim(1, -1)
 
+    @property
+    def spatial(self) -> int:
+        """Those of the kernel."""
+        return len(self.kernel)
+
     def obstacle(self) -> str | None:
         """Return the groups, where there are several."""
         groups = self.geometry.groups
@@ -131,6 +176,7 @@ class Indices:
 
     padding_index: int | None = None
     kind: ClassVar[str] = "embedding"
+    looked_up: ClassVar[bool] = True
     forms: ClassVar[tuple[Form, ...]] = ("two_factor",)
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
@@ -140,6 +186,14 @@ class Indices:
     def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the table as a map."""
         return Lookup(stored, self.padding_index, bias)
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return a table."""
+        return Lookup(weight.T.contiguous(), self.padding_index, bias)
+
+    def pointwise(self, weight: Tensor, bias: Tensor | None = None) -> LinearMap:
+        """Return a dense map."""
+        return Dense(weight, bias)
 
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return a table of `rank` columns and a matrix after it."""
@@ -153,9 +207,45 @@ class Indices:
         """Return the value itself."""
         return value
 
+    @property
+    def spatial(self) -> int:
+        """None."""
+        return 0
+
     def obstacle(self) -> str | None:
         """Return None: there always is one."""
         return None
+
+
+@dataclass(frozen=True)
+class Bags(Indices):
+    """An embedding of bags: the rows of a bag are added, so the matrix is the transposed table, applied to their counts.
+
+    mode, last_offset: see `Bag`.
+    """
+
+    mode: Mode = "mean"
+    last_offset: bool = False
+    kind: ClassVar[str] = "embedding_bag"
+
+    def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return the table as a map."""
+        return Bag(stored, self.mode, self.padding_index, last_offset=self.last_offset, bias=bias)
+
+    def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return bags of a table of `rank` columns and a matrix after them."""
+        return Chain(B, self.original(A.T.contiguous(), None), bias=bias)
+
+    def entries(self, value: Tensor, rows: int, context: Mapping[str, Tensor]) -> Entries:
+        """Return the vectors of counts that a site reads, by their entries. rows: of the table; context: see `Bag.forward`."""
+        return entries_of(
+            value, context.get("offsets"), context.get("per_sample_weights"), rows=rows, mode=self.mode,
+            padding_index=self.padding_index, last_offset=self.last_offset,
+        )  # fmt: skip
+
+    def obstacle(self) -> str | None:
+        """Return that a maximum is no product."""
+        return "the maximum over a bag is no product with a matrix" if self.mode == "max" else None
 
 
 def planned(layout: Layout, shape: tuple[int, int], rank: int, *, bias: bool) -> LinearMap:

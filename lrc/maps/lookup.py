@@ -34,9 +34,17 @@ class Lookup(LinearMap):
         y = torch.embedding(self.table, x, -1 if self.padding_index is None else self.padding_index)
         return y if self.bias is None else y + self.bias
 
+    def over(self, table: Tensor, bias: Tensor | None) -> "Lookup":
+        """Return such a lookup in another table."""
+        return Lookup(table, self.padding_index, bias)
+
     def exact(self) -> Affine:
         """Return the transposed table and the bias in float64."""
         return Affine(self.table.detach().double().T, exact_bias(self.bias))
+
+    def matrix(self) -> Tensor:
+        """Return the transposed table."""
+        return self.table.T
 
     def cost(self, tokens: int = 1) -> Cost:
         """Return the table's numbers; reading a row takes no FLOPs."""

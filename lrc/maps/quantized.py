@@ -53,7 +53,7 @@ class Quantized(InParts):
         return self._dtype
 
     @property
-    def packed(self) -> int:
+    def packed_numbers(self) -> int:
         """The weight's numbers, fewer those of the floating scales."""
         scales = sum(tensor.numel() for tensor in self.encoded.values() if tensor.is_floating_point())
         return self.out_features * self.in_features - scales

@@ -1,6 +1,6 @@
 """Calibration: one pass over the batches gives the moments of every site that was asked for."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +13,27 @@ from lrc.maps import Layout
 from lrc.measure.cache import Cache
 from lrc.measure.cotangents import Fisher, cotangent
 from lrc.measure.samples import SampleSums
-from lrc.measure.second_moments import Counts, SecondMoment
+from lrc.measure.second_moments import BagCounts, Counts, SecondMoment
 from lrc.measure.stored import load_moments, store_moments
-from lrc.measure.taps import Tap, padding_masks, pieces, placeholder_values, row_mask, rows_of, tap_mask, taps_of, traced_masks
+from lrc.measure.taps import (
+    Piece,
+    Tap,
+    padding_masks,
+    pieces,
+    placeholder_values,
+    row_mask,
+    rows_of,
+    tap_mask,
+    taps_of,
+    traced_masks,
+)
 from lrc.program import Program
 from lrc.program.readout import readout
 from lrc.solvers import Moments, Need
 
 Progress = Callable[[int, int], None]
-Source = tuple[fx.Node, Layout | None]
+Source = tuple[fx.Node, Layout | None, tuple[tuple[str, fx.Node], ...]]
+Sums = SecondMoment | Counts | BagCounts
 
 
 def collect(
@@ -87,15 +99,19 @@ class Walk(fx.Interpreter):
         self.samples = SampleSums(program, self.taps, needs)
         self.given_by = {tap.gives: tap for tap in every}
         self.read_by: dict[fx.Node, dict[Source, Tap]] = {}
+        order = {node: place for place, node in enumerate(program.graph_module.graph.nodes)}
         for tap in every:
-            self.read_by.setdefault(tap.reads, {})[source(tap)] = tap
+            last = max([tap.reads, *(node for _, node in tap.context)], key=order.__getitem__)
+            self.read_by.setdefault(last, {})[source(tap)] = tap
+        self.held = {node for tap in every if tap.context for node in (tap.reads, *(node for _, node in tap.context))}
         self.counted = {tap.gives: tap.layout for fqn in program.sites for tap in taps_of(program, fqn)}
         self.tokens = dict.fromkeys(self.counted, 0)
-        self.in_place = any(_is_in_place(node) for node in program.graph_module.graph.nodes)
+        self.in_place = any(is_in_place(node) for node in program.graph_module.graph.nodes)
         self.traced = traced_masks(program)
         self.masks: dict[str, Tensor] = {}
         self.given: dict[fx.Node, Tensor] = {}
         self.seen: dict[fx.Node, Tensor] = {}
+        self.read: dict[fx.Node, Tensor] = {}  # of uses that read several values, until the last one is there
 
     def run(self, batch: Batch, fisher: Fisher, draws: int, generator: torch.Generator) -> None:  # type: ignore[override]
         """Add one batch."""
@@ -108,11 +124,13 @@ class Walk(fx.Interpreter):
             if self.backward:
                 self._backward(outputs, batch, fisher, draws, generator)
         self.samples.end()
-        self.given, self.seen = {}, {}
+        self.given, self.seen, self.read = {}, {}, {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node; what a tap looks at is added, and given a gradient."""
         value = super().run_node(n)
+        if n in self.held:
+            self.read[n] = value.detach()
         if n in self.read_by:
             self._see(n, value.detach())
         if n in self.counted:
@@ -129,13 +147,18 @@ class Walk(fx.Interpreter):
 
     def _see(self, n: fx.Node, value: Tensor) -> None:
         for key, tap in self.read_by[n].items():
-            mask = self.mask_of(tap, n, value)
             if key in self.inputs:
-                for rows, _ in pieces(tap.layout, value, mask):
-                    self.inputs[key].add(rows)
-            self.samples.see(n, value, mask)
+                for piece in self._pieces(tap, value if n is tap.reads else self.read[tap.reads]):
+                    add_piece(self.inputs[key], piece)
+            self.samples.see(n, value, self.mask_of(tap, n, value))
         if self.backward:
             self.seen[n] = value.clone() if self.in_place else value
+
+    def _pieces(self, tap: Tap, value: Tensor) -> Iterator[Piece]:
+        """Yield the rows of what a tap reads."""
+        context = {name: self.read[node] for name, node in tap.context}
+        features = self.program.sites[tap.fqn].in_features
+        yield from pieces(tap.layout, value, self.mask_of(tap, tap.reads, value), features, context)
 
     def mask_of(self, tap: Tap, node: fx.Node, value: Tensor) -> Tensor | None:
         """Return which rows of what a tap reads, or gives, are no padding; None for all."""
@@ -165,9 +188,9 @@ class Walk(fx.Interpreter):
 
     def _add_gradient(self, tap: Tap, rows: Tensor, weight: float) -> None:
         self.outputs[tap.gives].add(rows, weight)
-        squares, value = rows.float().square().sum(1), self.seen[tap.reads]
-        for read, place in pieces(tap.layout, value, self.mask_of(tap, tap.reads, value)):
-            self.weighted[tap.gives].add(read, weight, squares[place])
+        squares = rows.float().square().sum(1)
+        for piece in self._pieces(tap, self.read[tap.reads] if tap.context else self.seen[tap.reads]):
+            add_piece(self.weighted[tap.gives], piece, weight, squares)
 
     def moments(self) -> dict[str, Moments]:
         """Return the means; the same tensor for sites that read the same value."""
@@ -203,20 +226,33 @@ class Walk(fx.Interpreter):
 
 
 def source(tap: Tap) -> Source:
-    """Return what one second moment belongs to: a value, and for all but linears how it is read as rows."""
-    return tap.reads, None if tap.layout.kind == "linear" else tap.layout
+    """Return what one second moment belongs to: values, and for all but linears how they are read as rows."""
+    return tap.reads, None if tap.layout.kind == "linear" else tap.layout, tap.context
 
 
-def accumulator(tap: Tap, features: int) -> SecondMoment | Counts:
+def accumulator(tap: Tap, features: int) -> Sums:
     """Return sums for what a tap reads: of one-hot vectors, only how often each one came."""
-    return Counts(features) if tap.layout.kind == "embedding" else SecondMoment(features)
+    if tap.layout.kind == "embedding_bag":
+        return BagCounts(features)
+    return Counts(features) if tap.layout.looked_up else SecondMoment(features)
+
+
+def add_piece(sums: Sums, piece: Piece, weight: float = 1.0, squares: Tensor | None = None) -> None:
+    """Add rows, each weighed by the gradient of its output, if given: `squares`, of all outputs."""
+    weights = None if squares is None else squares[piece.place]
+    if isinstance(sums, BagCounts):
+        assert piece.entries is not None, "bags are read by their entries"
+        sums.add(piece.entries, weight, weights)
+    else:
+        sums.add(piece.rows, weight, weights)
 
 
 def _added(tensors: Sequence[Tensor]) -> Tensor:
     return sum(tensors[1:], tensors[0])
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def is_in_place(node: fx.Node) -> bool:
+    """Say whether an operation overwrites what it is given."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 

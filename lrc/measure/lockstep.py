@@ -72,7 +72,7 @@ class Lockstep:
         on its first use.
         """
         tap = taps_of(self.dense, fqn)[0]
-        if tap.layout.kind == "embedding":  # compression before it changes no index
+        if tap.layout.looked_up:  # compression before it changes no index
             return dense_moments
         key = (tap.reads.name, tap.layout)
         if key not in self._seen:
@@ -87,9 +87,9 @@ class Lockstep:
         for batch, dense, compressed in steppers:
             x, seen = dense.advance_to(reads.name), compressed.advance_to(reads.name)
             mask = tap_mask(tap, reads, x, padding_masks(batch), traced)
-            for (left, _), (right, _) in zip(pieces(layout, x, mask), pieces(layout, seen, mask), strict=True):
-                gram.add(right)
-                cross.add(left, right)
+            for left, right in zip(pieces(layout, x, mask), pieces(layout, seen, mask), strict=True):
+                gram.add(right.rows)
+                cross.add(left.rows, right.rows)
         rows = max(gram.rows, 1)
         return Moments(
             gram=gram.total() / rows,

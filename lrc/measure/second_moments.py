@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lrc.maps.bag import Entries
+
 BLOCK = 256  # rows of a panel: of the sizes tried, within 10 % of LAPACK's symmetric product from 384 to 1536 features
 
 
@@ -72,6 +74,37 @@ class Counts:
     def column_sum(self) -> Tensor:
         """Return the sum of x, (features,), float64."""
         return self._counts
+
+
+class BagCounts:
+    """The diagonal of the second moment of bags, vectors that say how often each index was read, and their sum.
+
+    What is off the diagonal (which indices come together) is left out: a table has a row for each index.
+    """
+
+    def __init__(self, features: int) -> None:
+        self.rows = 0
+        self.weight = 0.0
+        self._squares = torch.zeros(features, dtype=torch.float64)
+        self._sum = torch.zeros(features, dtype=torch.float64)
+
+    def add(self, entries: Entries, weight: float = 1.0, rows: Tensor | None = None) -> None:
+        """Add bags; weight and rows, (bags,), as for `SecondMoment`."""
+        values = entries.values
+        self._squares, self._sum = self._squares.to(values.device), self._sum.to(values.device)
+        each = torch.ones(entries.number, dtype=torch.float64, device=values.device) if rows is None else rows.double()
+        self._sum.index_add_(0, entries.indices, values * each[entries.bags], alpha=weight)
+        self._squares.index_add_(0, entries.indices, values.square() * each[entries.bags], alpha=weight)
+        self.weight += weight * float(each.sum())
+        self.rows += entries.number
+
+    def total(self) -> Tensor:
+        """Return the diagonal of the sum of x xᵀ, (features,), float64."""
+        return self._squares
+
+    def column_sum(self) -> Tensor:
+        """Return the sum of x, (features,), float64."""
+        return self._sum
 
 
 class CrossMoment:

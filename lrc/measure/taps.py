@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from lrc.errors import SiteError
-from lrc.maps import Layout
+from lrc.maps import Bags, Layout
+from lrc.maps.bag import Entries
 from lrc.program import Program
 
 PIECE = 64 * 2**20  # bytes of patches that are held at a time
@@ -16,12 +17,28 @@ PIECE = 64 * 2**20  # bytes of patches that are held at a time
 
 @dataclass(frozen=True)
 class Tap:
-    """One use of a site: the node that it reads and the node that it gives, and how both are rows."""
+    """One use of a site: the node that it reads and the node that it gives, and how both are rows.
+
+    context: the other nodes that it reads, by the names that its layout gives them.
+    """
 
     fqn: str
     reads: fx.Node
     gives: fx.Node
     layout: Layout
+    context: tuple[tuple[str, fx.Node], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of what a site reads, (rows, in_features), and which rows of all that it gives they belong to.
+
+    entries: in place of rows, those of sparse ones.
+    """
+
+    rows: Tensor
+    place: slice
+    entries: Entries | None = None
 
 
 def taps_of(program: Program, fqn: str) -> tuple[Tap, ...]:
@@ -32,7 +49,10 @@ def taps_of(program: Program, fqn: str) -> tuple[Tap, ...]:
         raise SiteError(fqn, message="the captured graph has no site of this name")
     order = {name: place for place, name in enumerate(nodes)}
     uses = sorted(site.uses, key=lambda use: order[use.node])
-    return tuple(Tap(fqn, nodes[use.input], nodes[use.node], site.layout) for use in uses)
+    return tuple(
+        Tap(fqn, nodes[use.input], nodes[use.node], site.layout, tuple((name, nodes[node]) for name, node in use.context))
+        for use in uses
+    )
 
 
 def placeholder_values(program: Program, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -63,10 +83,10 @@ def row_mask(
 def tap_mask(
     tap: Tap, node: fx.Node, value: Tensor, masks: Mapping[str, Tensor], shapes: Mapping[str, Tensor]
 ) -> Tensor | None:
-    """Return the `row_mask` of what a tap reads, or gives; the pixels of an image are never padding."""
-    if tap.layout.kind == "conv":
+    """Return the `row_mask` of what a tap reads, or gives; pixels are no padding, and bags count all that they read."""
+    if tap.layout.kind in ("conv", "embedding_bag"):
         return None
-    return row_mask(node, value, masks, shapes, whole=tap.layout.kind == "embedding" and node is tap.reads)
+    return row_mask(node, value, masks, shapes, whole=tap.layout.looked_up and node is tap.reads)
 
 
 def padding_masks(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,21 +127,27 @@ def _product(sizes: Sequence[Any]) -> Any:
     return product
 
 
-def pieces(layout: Layout, value: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, slice]]:
-    """Yield what a site reads as unpadded rows, (rows, in_features), and which rows of all they are.
+def pieces(
+    layout: Layout, value: Tensor, mask: Tensor | None, features: int = 0, context: Mapping[str, Tensor] | None = None
+) -> Iterator[Piece]:
+    """Yield what a site of `features` inputs reads as unpadded rows, and which rows of all they are.
 
     Patches of an image are many times larger than the image: they are made for a few samples at a time.
     """
+    if isinstance(layout, Bags):
+        entries = layout.entries(value, features, context or {})
+        yield Piece(value, slice(0, entries.number), entries)
+        return
     if layout.kind != "conv":
         rows = rows_of(layout.inputs(value), mask)
-        yield rows, slice(0, len(rows))
+        yield Piece(rows, slice(0, len(rows)))
         return
     samples, start = len(value), 0
     largest = layout.inputs(value[:1]).numel() * value.element_size() if samples else 1
     step = max(1, PIECE // max(largest, 1))
     for first in range(0, samples, step):
         rows = rows_of(layout.inputs(value[first : first + step]), None)
-        yield rows, slice(start, start + len(rows))
+        yield Piece(rows, slice(start, start + len(rows)))
         start += len(rows)
 
 

@@ -70,8 +70,12 @@ def samples_in(program: Program, shapes: Shapes) -> int:
 def shapes_per_use(program: Program, site: Site, shapes: Shapes) -> tuple[tuple[int, ...], ...]:
     """Return the shape of what every use of a site reads, for inputs of these shapes.
 
-    Raises SiteError where it depends on the data, or was not traced.
+    Raises SiteError where it depends on the data, was not traced, or does not tell how much is read.
     """
+    if any(use.context for use in site.uses):
+        raise SiteError(
+            site.fqn, message="its time depends on how large the bags are", hint="Choose a budget of parameters or size",
+        )  # fmt: skip
     bound = _bound(program, shapes)
     return tuple(_shape(program.nodes[use.input], bound, site.fqn) for use in site.uses)
 

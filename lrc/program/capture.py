@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from lrc.errors import CaptureError
 from lrc.program.archive import check_archive
 from lrc.program.inputs import Dynamic, Inputs, leading_batch, output_names
+from lrc.program.parts import split_weights
 from lrc.program.program import Calling, Origin, Program
 from lrc.program.sites import Names
 
@@ -95,9 +96,9 @@ def capture_exported(
     """Make a program of what `torch.export.export` returned, also after `run_decompositions`."""
     module = exported.module(check_guards=False)
     stored = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    names = Names.of(stored)
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
+    names = Names.of(stored | split_weights(module, graph))
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
     positional, keyword = argument_names(in_spec, [str(node.target) for node in graph.find_nodes(op="placeholder")])
     baked = {str(node.target): node.meta.get("val") for node in graph.find_nodes(op="placeholder") if not _is_tensor(node)}

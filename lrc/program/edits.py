@@ -22,10 +22,11 @@ def raise_uses(graph_module: fx.GraphModule, uses: Iterable[Use], taken: Set[str
     for use in uses:
         old = nodes[use.node]
         with graph.inserting_before(old):
-            new = graph.create_node("call_module", use.module, (nodes[use.input],))
+            context = {name: nodes[node] for name, node in use.context}
+            new = graph.create_node("call_module", use.module, (nodes[use.input],), context)
         new.meta = dict(old.meta)
         old.replace_all_uses_with(new)
-        _erase_unused(graph, old)
+        erase_unused(graph, old)
         new.name = use.node
         nodes[use.node] = new
     modules = {use.module for use in uses}
@@ -69,14 +70,19 @@ def _rename(graph_module: fx.GraphModule, node: fx.Node, taken: Set[str], aliase
     put(graph_module, node.target, operator.attrgetter(name)(graph_module))
 
 
-def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nothing uses, and then every input of it that nothing else uses."""
+def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nothing uses, and then every input of it that nothing else uses.
+
+    Of an operator with several values, those that nothing reads are no uses.
+    """
+    for part in [user for user in node.users if user.target is operator.getitem and not user.users]:
+        graph.erase_node(part)
     if node.users or node.op == "placeholder":
         return
     reads = node.all_input_nodes
     graph.erase_node(node)
     for read in reads:
-        _erase_unused(graph, read)
+        erase_unused(graph, read)
 
 
 def _is_below(name: str, modules: Set[str]) -> bool:

@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from lrc.program.bags import match_bag
 from lrc.program.convs import match_conv
 from lrc.program.linears import match_linear
 from lrc.program.lookups import match_lookup
 from lrc.program.products import FLIPS, PASSES, Product, stored
 
-MATCHERS = (match_linear, match_conv, match_lookup)
+MATCHERS = (match_linear, match_conv, match_lookup, match_bag)
 
 
 def find_products(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> list[Product]:
@@ -51,7 +52,7 @@ def inside(products: Iterable[Product]) -> set[fx.Node]:
         waiting = [product.node]
         while waiting:
             node = waiting.pop()
-            if node not in found and node is not product.reads:
+            if node not in found and node is not product.reads and node not in product.context.values():
                 found.add(node)
                 waiting += node.all_input_nodes
     return found

@@ -1,6 +1,7 @@
 """A node that applies a stored tensor as a matrix, and the tensor that a node reads."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class Product:
     """A product with a stored tensor.
 
     node: the node whose value is the layer's output; reads: the layer's input; weight, bias: the names of the tensors;
-    layout: how the tensor acts as a matrix.
+    layout: how the tensor acts as a matrix; context: what else the map is given, by the names of its arguments.
     """
 
     node: fx.Node
@@ -27,6 +28,7 @@ class Product:
     weight: str
     bias: str | None
     layout: Layout
+    context: Mapping[str, fx.Node] = field(default_factory=dict)
 
 
 def stored(node: Any) -> tuple[str, int] | None:

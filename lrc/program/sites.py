@@ -14,7 +14,12 @@ from lrc.program.products import Product
 if TYPE_CHECKING:
     from lrc.program.program import Program
 
-TYPES = {"linear": "Linear", "conv": "Conv", "embedding": "Embedding"}  # of a site whose module nobody named
+TYPES = {
+    "linear": "Linear",
+    "conv": "Conv",
+    "embedding": "Embedding",
+    "embedding_bag": "EmbeddingBag",
+}  # of a site whose module nobody named
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,15 @@ class Use:
     """One place where a site's weight is used.
 
     module: the name under which the map stands in the graph and in the user's module; node: the node that gives the
-    output; input: the node that is read; bias: the name of this use's own bias, or None.
+    output; input: the node that is read; bias: the name of this use's own bias, or None; context: the other nodes that the
+    map is given, by the names of its arguments.
     """
 
     module: str
     node: str
     input: str
     bias: str | None = None
+    context: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """What the weight is: `linear`, `conv` or `embedding`."""
+        """What the weight is: `linear`, `conv`, `embedding` or `embedding_bag`."""
         return self.layout.kind
 
     @property
@@ -142,7 +149,7 @@ def _site(
     placed.sort(key=lambda item: order.get(f"{item[0][0]}.weight", order[weight]))  # stable: graph order within one
     modules = _told_apart([(owner[0], product.bias) for owner, product in placed])
     uses = tuple(
-        Use(module, product.node.name, product.reads.name, product.bias)
+        Use(module, product.node.name, product.reads.name, product.bias, _names(product.context))
         for module, (_, product) in zip(modules, placed, strict=True)
     )
     return Site(
@@ -157,6 +164,10 @@ def _site(
         tied=tuple(sorted(set(others))),
         has_module=all(owner[2] for owner, _ in placed),
     )
+
+
+def _names(context: Mapping[str, fx.Node]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, node.name) for name, node in context.items())
 
 
 def _told_apart(places: Sequence[tuple[str, str | None]]) -> list[str]:
@@ -197,4 +208,4 @@ def _modules_that_do_more(graph: fx.Graph, products: Sequence[Product]) -> set[s
     """Return the names of modules that compute anything beside such products."""
     ours = inside(products)
     values = (node for node in graph.nodes if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor))
-    return {_running(node)[0] for node in values if node not in ours}
+    return {_running(node)[0] for node in values if node not in ours and node.users}

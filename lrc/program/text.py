@@ -6,14 +6,14 @@
 return y=%y
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lrc.maps import LinearMap
+from lrc.maps import LinearMap, RmsNorm
 from lrc.program.find import plain_name
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ NAMES = {  # what we call an operation, whatever torch calls it
     "gt": "greater", "lt": "less",
     "ne": "not_equal", "eq": "equal", "bitwise_and": "and", "bitwise_or": "or", "bitwise_not": "not", "truediv": "div",
 }  # fmt: skip
-SILENT = {"layout", "device", "pin_memory", "implicit"}  # arguments that say nothing about the mathematics
+SILENT = {  # arguments that say nothing about the mathematics
+    "layout", "device", "pin_memory", "implicit", "max_norm", "norm_type", "scale_grad_by_freq", "sparse",
+}  # fmt: skip
 HIDDEN = ("assert", "sym_constrain", "lazy_load", "enter_autocast")
 
 
@@ -70,19 +72,32 @@ class _Writer:
     def map_lines(self, node: fx.Node, fqn: str) -> Iterator[str]:
         """Yield the operations of the map that a node calls, as tracing it shows them."""
         made = self.program.graph_module.get_submodule(str(node.target))
+        fqn = fqn or str(node.target)
         by = self.program.made_by.get(fqn, "")
         note = f"# {by} @ {fqn}" if by else f"# {fqn}"
-        traced = _trace(made, node.args[0])
+        if isinstance(made, RmsNorm):
+            yield self.norm_line(node, made, note)
+            return
+        traced = _trace(made, node)
+        given = iter([node.args[0], *node.kwargs.values()])
         inner: dict[fx.Node, str] = {}
         for step in traced.nodes:
             if step.op == "placeholder":
-                inner[step] = self.value(node.args[0])
+                inner[step] = self.value(next(given))
             elif step.op == "get_attr":
                 inner[step] = self.stored(f"{node.target}.{step.target}")
             elif step.op == "output":
                 self.values[node] = inner[step.args[0]]
             else:
                 yield self.line(step, inner, note)
+
+    def norm_line(self, node: fx.Node, made: RmsNorm, note: str) -> str:
+        """Return the line of a norm without numbers."""
+        name = f"%{self.count}"
+        self.count += 1
+        self.values[node] = name
+        constants = f"features={made.features}, eps={made.eps:g}"
+        return f"{name}: {self.type_of(node)} = rms_norm({self.value(node.args[0])}, {constants})  {note}"
 
     def line(self, node: fx.Node, values: dict[fx.Node, str], note: str) -> str:
         name = f"%{self.count}"
@@ -141,34 +156,38 @@ def _symbols(program: "Program") -> dict[Any, Any]:
     return found
 
 
-def _trace(made: torch.nn.Module, reads: Any) -> fx.Graph:
-    """Return the operations of a map, each with the traced value that it would give for the node's input."""
+def _trace(made: torch.nn.Module, node: fx.Node) -> fx.Graph:
+    """Return the operations of the map that a node calls, each with the traced value that it would give for what is read."""
     assert isinstance(made, LinearMap)
-    graph = _MapTracer().trace(made)
-    value = reads.meta.get("val") if isinstance(reads, fx.Node) else None
-    if isinstance(value, Tensor):
-        mode = getattr(value, "fake_mode", None) or FakeTensorMode(allow_non_fake_inputs=True)
+    graph = _MapTracer(node.kwargs).trace(made)
+    reads = [node.args[0], *node.kwargs.values()]
+    values = [read.meta.get("val") if isinstance(read, fx.Node) else None for read in reads]
+    if all(isinstance(value, Tensor) for value in values):
+        mode = getattr(values[0], "fake_mode", None) or FakeTensorMode(allow_non_fake_inputs=True)
         previous, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
         try:
-            _Shapes(fx.GraphModule(made, graph)).run(value)
+            _Shapes(fx.GraphModule(made, graph)).run(*values)
         finally:
             mode.allow_non_fake_inputs = previous
     return graph
 
 
 class _MapTracer(fx.Tracer):
-    """Traces through the maps inside a composite, down to torch functions."""
+    """Traces through the maps inside a composite, down to torch functions. context: the names of what a map takes beside x."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: Iterable[str]) -> None:
         super().__init__(param_shapes_constant=True)
+        self.context = tuple(context)
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
         """Trace into every map."""
         return not isinstance(m, LinearMap)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """Give `x` alone: the maps' `**context` is left out."""
-        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+        """Give `x`, and of the maps' `**context` what the node gives."""
+        x, *others = (self.create_proxy("placeholder", name, (), {}) for name in ("x", *self.context))
+        given = dict(zip(self.context, others, strict=True))
+        return lambda root, value: root_fn(root, value, **given), [self.root, x]
 
 
 class _Shapes(fx.Interpreter):

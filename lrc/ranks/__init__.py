@@ -24,6 +24,7 @@ from lrc.ranks.budgets import (
     LatencyKept,
     LatencyMs,
     ParamsKept,
+    Search,
     Setting,
     SizeMb,
     Tried,
@@ -34,7 +35,11 @@ from lrc.ranks.budgets import (
     params_kept,
     size_mb,
 )
-from lrc.ranks.candidates import Candidates, Evidence, Offer, Unit
+from lrc.ranks.candidates import Budget, Candidates, Evidence, Offer, Unit
+from lrc.ranks.contribution import Contribution, ContributionRank, contribution
+from lrc.ranks.joint import GroupCurve, measured_of
+from lrc.ranks.learned import LearnedAllocation
+from lrc.ranks.mixed import MixedCurve
 from lrc.ranks.policies import (
     BreakevenRank,
     EnergyRank,
@@ -58,29 +63,32 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
     latency_kept,
     latency_ms,
     quality,
+    contribution,
 )
 
 
 def allocate_ranks(
-    curves: Sequence[SiteCurve],
+    curves: Sequence[SiteCurve | GroupCurve | MixedCurve],
     options: RankPolicy,
     *,
     allocate: AllocatorOptions | str = "auto",
     round_to: int = 1,
     rest: int = 0,
     judge: Judge | None = None,
+    search: Search | None = None,
 ) -> Allocation:
-    """Return every site's rank and form, or the reason why it stays dense, and what there is to note.
+    """Return every site's (or group's) rank and form, or the reason why it stays dense, and what there is to note.
 
     allocate: the options of an allocator, or its name. rest: bytes of the model beside what the sites free. judge: measures
-    the model of some choices, for a budget of quality.
+    the model of some choices, for a budget of quality. search: what improves an allocation with the model at hand (`learned`).
     """
     rule = RANKS.for_options(options)
     if type(options).budget:
         chosen = settled(allocate, additive=all(curve.additive for curve in curves))
-        found: Allocation = rule(curves, options, Setting(chosen, round_to, rest, judge))
+        found: Allocation = rule(curves, options, Setting(chosen, round_to, rest, judge, search))
         return found
-    return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in curves})
+    alone = [curve for curve in curves if not isinstance(curve, MixedCurve)]  # these are offered under a budget alone
+    return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in alone})
 
 
 def choose(
@@ -100,9 +108,14 @@ def rounded(rank: int, round_to: int) -> int:
     return max(round_to, rank - rank % round_to)
 
 
-def _worth(curve: SiteCurve, rank: int) -> Choice:
+def _worth(curve: SiteCurve | GroupCurve, rank: int) -> Choice:
     """Return the rank, or dense where the product would be no smaller."""
     rank = min(rank, curve.full_rank)
+    if isinstance(curve, GroupCurve):
+        nearest = curve.nearest(rank)
+        if nearest is not None and curve.saves(nearest):
+            return Choice(nearest, form=curve.form)
+        return Choice(None, f"rank {rank} does not make the group smaller")
     if curve.size(rank) < curve.dense_size:
         return Choice(rank, form=curve.form_at(rank))
     return Choice(None, f"rank {rank} needs {curve.size(rank)} numbers, the dense weight {curve.dense_size}")
@@ -115,17 +128,23 @@ __all__ = [
     "AllocatorOptions",
     "Auto",
     "BreakevenRank",
+    "Budget",
     "Candidates",
     "Choice",
+    "Contribution",
+    "ContributionRank",
     "EnergyRank",
     "Evidence",
     "FixedRank",
     "FlopsKept",
     "Form",
     "FractionRank",
+    "GroupCurve",
     "Judge",
     "LatencyKept",
     "LatencyMs",
+    "LearnedAllocation",
+    "MixedCurve",
     "Offer",
     "ParamsKept",
     "ProductForm",
@@ -133,6 +152,7 @@ __all__ = [
     "QualityBudget",
     "RankField",
     "RankPolicy",
+    "Search",
     "Setting",
     "SiteCurve",
     "SizeMb",
@@ -142,6 +162,8 @@ __all__ = [
     "Verdict",
     "allocate_ranks",
     "choose",
+    "contribution",
+    "measured_of",
     "measured_ranks",
     "product_size",
     "rank_policy",

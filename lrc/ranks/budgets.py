@@ -10,8 +10,13 @@ from pydantic import Field
 from lrc.errors import UsageError
 from lrc.ranks.allocate import AllocatorOptions
 from lrc.ranks.base import Choice, RankPolicy, SiteCurve, rank_policy
-from lrc.ranks.candidates import Budget, Candidates, Unit, total_cost
+from lrc.ranks.candidates import Budget, Candidates, Places, Unit, total_cost
+from lrc.ranks.joint import GroupCurve
+from lrc.ranks.mixed import MixedCurve
 from lrc.spec.registry import ALLOCATORS
+
+Curve = SiteCurve | GroupCurve | MixedCurve
+Search = Callable[[Sequence[Candidates], Budget, Sequence[int]], Places]  # from the places of another allocator
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,15 @@ Judge = Callable[[Mapping[str, Choice]], Verdict]
 class Setting:
     """What stands beside a budget: who shares it, the multiple that ranks are of, and the bytes of the rest of the model.
 
-    judge: makes the model of some choices and measures it; only a budget of quality asks for it.
+    judge: makes the model of some choices and measures it; only a budget of quality asks for it. search: what improves the
+    places of `allocate` with the model at hand, where they are learned.
     """
 
     allocate: AllocatorOptions
     round_to: int = 1
     rest: int = 0
     judge: Judge | None = None
+    search: Search | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class ParamsKept(BudgetPolicy):
 
 
 @rank_policy(ParamsKept)
-def params_kept(curves: Sequence[SiteCurve], options: ParamsKept, setting: Setting) -> Allocation:
+def params_kept(curves: Sequence[Curve], options: ParamsKept, setting: Setting) -> Allocation:
     """Return a rank for every site such that all together need at most `options.params_kept` of the dense numbers.
 
     Biases are counted, before and after; index vectors are bytes, not parameters. Raises UsageError when not even the
@@ -89,7 +96,7 @@ class SizeMb(BudgetPolicy):
 
 
 @rank_policy(SizeMb)
-def size_mb(curves: Sequence[SiteCurve], options: SizeMb, setting: Setting) -> Allocation:
+def size_mb(curves: Sequence[Curve], options: SizeMb, setting: Setting) -> Allocation:
     """Return a rank for every site such that the model stores at most `options.size_mb` million bytes.
 
     setting.rest: bytes of everything beside the weights that the sites may free. Raises UsageError when not even the
@@ -111,7 +118,7 @@ class FlopsKept(BudgetPolicy):
 
 
 @rank_policy(FlopsKept)
-def flops_kept(curves: Sequence[SiteCurve], options: FlopsKept, setting: Setting) -> Allocation:
+def flops_kept(curves: Sequence[Curve], options: FlopsKept, setting: Setting) -> Allocation:
     """Return a rank for every site such that all together need at most `options.flops_kept` of the FLOPs they need now.
 
     A site counts by its output rows per sample (a pooler gives one). A multiply-add counts 2, an added bias 1. Raises
@@ -128,7 +135,7 @@ class LatencyKept(BudgetPolicy):
 
 
 @rank_policy(LatencyKept)
-def latency_kept(curves: Sequence[SiteCurve], options: LatencyKept, setting: Setting) -> Allocation:
+def latency_kept(curves: Sequence[Curve], options: LatencyKept, setting: Setting) -> Allocation:
     """Return a rank for every site such that the measured times add up to at most `options.latency_kept` of those of now.
 
     A site gets no rank whose measured time is not below its own. Raises UsageError when not even the fastest ranks fit.
@@ -144,7 +151,7 @@ class LatencyMs(BudgetPolicy):
 
 
 @rank_policy(LatencyMs)
-def latency_ms(curves: Sequence[SiteCurve], options: LatencyMs, setting: Setting) -> Allocation:
+def latency_ms(curves: Sequence[Curve], options: LatencyMs, setting: Setting) -> Allocation:
     """Return a rank for every site such that the measured times add up to at most `options.latency_ms`.
 
     A site gets no rank whose measured time is not below its own. Raises UsageError when not even the fastest ranks fit.
@@ -152,7 +159,7 @@ def latency_ms(curves: Sequence[SiteCurve], options: LatencyMs, setting: Setting
     return within_amount(curves, options, "latency_ms", options.latency_ms, setting)
 
 
-def within_amount(curves: Sequence[SiteCurve], options: RankPolicy, key: str, amount: float, setting: Setting) -> Allocation:
+def within_amount(curves: Sequence[Curve], options: RankPolicy, key: str, amount: float, setting: Setting) -> Allocation:
     """Share out an amount in the unit of `options`."""
     sites = [curve.candidates(options.unit, setting.round_to) for curve in curves]
     fixed = sum(site.fixed for site in sites)
@@ -163,12 +170,12 @@ def within_amount(curves: Sequence[SiteCurve], options: RankPolicy, key: str, am
     return share_out(sites, Budget(amount - fixed, min(1.0, amount / whole) if whole else 1.0), setting, options.unit)
 
 
-def kept_share(curves: Sequence[SiteCurve], options: RankPolicy, key: str, kept: float, setting: Setting) -> Allocation:
+def kept_share(curves: Sequence[Curve], options: RankPolicy, key: str, kept: float, setting: Setting) -> Allocation:
     """Share out a fraction of what all sites cost now in the unit of `options`."""
     return within_share(curves, options.unit, kept, setting, key)
 
 
-def within_share(curves: Sequence[SiteCurve], unit: Unit, kept: float, setting: Setting, key: str = "") -> Allocation:
+def within_share(curves: Sequence[Curve], unit: Unit, kept: float, setting: Setting, key: str = "") -> Allocation:
     """Share out a fraction of what all sites cost now. Raises UsageError, on `key`, where the smallest ranks cost more."""
     sites = [curve.candidates(unit, setting.round_to) for curve in curves]
     fixed = sum(site.fixed for site in sites)
@@ -200,6 +207,8 @@ SMALLER: dict[Unit, str] = {"numbers": "smaller", "bytes": "smaller", "flops": "
 def share_out(sites: Sequence[Candidates], budget: Budget, setting: Setting, unit: Unit) -> Allocation:
     """Return the choices of the setting's allocator."""
     places, notes = ALLOCATORS.for_options(setting.allocate)(sites, setting.allocate, budget)
+    if setting.search is not None:
+        places, notes = setting.search(sites, budget, places)
     return Allocation({site.name: _choice(site, place, unit) for site, place in zip(sites, places, strict=True)}, notes)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 from lrc.program import Program, Site
 from lrc.run.passes import needs_of, pass_for
 from lrc.run.plan import Decision, Plan
+from lrc.run.points import difference
 from lrc.run.session import Session
+from lrc.run.site_pass import SitePass
 from lrc.solvers import Need
 
 
@@ -22,8 +24,11 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
         made = pass_for(options)
         decided = list(made.plan(twin, session, options, index))
         last = index == len(passes) - 1
-        if last:
-            saved = difference(twin, decided)
+        if not options.structural:
+            if not last:
+                session.notices.append(f"passes after `{options.type}` are planned on the values before it")
+        elif last and isinstance(made, SitePass):
+            saved = difference(twin, decided)  # of a pass that edits the graph, only doing so tells
         else:
             decided = list(made.apply(twin, session, options, decided))
         decisions += decided
@@ -56,20 +61,6 @@ def finished(plan: Plan, program: Program, passes: Sequence[Any], session: Sessi
     )
 
 
-def difference(program: Program, decisions: Sequence[Decision]) -> tuple[int, int]:
-    """Return by how many numbers and bytes the program grows when `decisions` are carried out.
-
-    The old weight goes, unless something else reads it too.
-    """
-    numbers = size = 0
-    for d in decisions:
-        site = program.sites[d.sites[0]]
-        stays = site.fqn not in program.maps and bool(site.tied) and d.keep is None
-        numbers += d.after.parameters - (0 if stays else d.before.parameters)
-        size += d.after.bytes - (0 if stays else d.before.bytes)
-    return numbers, size
-
-
 def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, session: Session) -> int:
     """Return the predicted peak of memory in bytes, beside the interpreter and its libraries.
 
@@ -90,4 +81,4 @@ def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, sessio
 
 def gram_numbers(site: Site) -> int:
     """Return how many numbers the second moment of a site's inputs has; that of one-hot vectors is diagonal."""
-    return site.in_features if site.kind == "embedding" else site.in_features**2
+    return site.in_features if site.layout.looked_up else site.in_features**2

@@ -9,7 +9,6 @@ from lrc.measure.workload import rows_per_sample, shapes_at
 from lrc.program import Program
 from lrc.ranks import SiteCurve
 from lrc.run.budget import costs
-from lrc.run.pipeline import difference
 from lrc.run.plan import Decision, Point
 from lrc.run.session import Session
 
@@ -39,7 +38,7 @@ def drawer(program: Program, session: Session, options: Any, curves: Mapping[str
             parameters=numbers + more_numbers,
             bytes=size + more_bytes,
             flops=None
-            if counted is None
+            if counted is None or any(len(d.sites) > 1 for d in decisions)
             else sum(costs(counted[d.name], "flops", d)[1] for d in decisions if d.name in counted),
             ms=sum(costs(curves[d.name], "ms", d)[1] for d in decisions if d.name in curves) if timed else None,
             loss=sum(d.predicted or 0.0 for d in decisions) if len(units) < 2 else None,
@@ -56,3 +55,19 @@ def with_rows(program: Program, session: Session, options: Any, curves: Mapping[
         return {fqn: replace(curve, rows=rows_per_sample(program, program.sites[fqn], shapes)) for fqn, curve in curves.items()}
     except LrcError:
         return None
+
+
+def difference(program: Program, decisions: Sequence[Decision]) -> tuple[int, int]:
+    """Return by how many numbers and bytes the program grows when `decisions` are carried out.
+
+    The old weight goes, unless something else reads it too.
+    """
+    numbers = size = 0
+    for d in decisions:
+        numbers += d.after.parameters - d.before.parameters
+        size += d.after.bytes - d.before.bytes
+        for site in (program.sites[fqn] for fqn in d.sites):
+            if site.fqn not in program.maps and site.tied and d.keep is None:
+                cost = site.map.cost(1)
+                numbers, size = numbers + cost.parameters, size + cost.bytes
+    return numbers, size

@@ -20,6 +20,7 @@ from lrc.run.session import Progress, Session, silent
 from lrc.run.trials import Evaluation
 from lrc.spec.document import Document
 from lrc.spec.load import load_document
+from lrc.verify.metrics.base import MetricOptions
 
 CACHE = ".lrc-cache"
 NEEDS = {"hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -91,12 +92,17 @@ def prepare(
         has_data=calibration is not None or document.calibration is not None,
         evaluation=Evaluation(document.evaluate, request_for(program, document, base, allow_code=allow_code)),
         pareto=document.pareto,
+        allow_code=allow_code,
     )
     return Prepared(program, document, file, session)
 
 
 def check_data(document: Document, base: Path, *, calibration: bool = True) -> None:
-    """Raise UsageError when a data file is missing: before a model is loaded, and not after all else is done."""
+    """Raise UsageError for a missing file, or a metric that cannot be: before a model is loaded, not after all else is done."""
+    judged = document.evaluate
+    for i, options in enumerate(judged.metrics):
+        assert isinstance(options, MetricOptions)
+        options.check(judged.max_length, f"evaluate.metrics.{i}")
     for place, dataset in document.datasets().items():
         if place == "calibration.dataset" and not calibration:
             continue

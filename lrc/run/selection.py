@@ -28,7 +28,7 @@ def select_sites(program: Program, session: Session, options: Any, index: int) -
     """
     candidates = [Candidate(site.fqn, site.type_name) for site in program.sites.values()]
     found = select(candidates, options.targets, options.ignore)
-    rules = {fqn: rule for fqn, rule in found.rules.items() if rule != EVERYTHING or program.sites[fqn].kind != "embedding"}
+    rules = {fqn: rule for fqn, rule in found.rules.items() if rule != EVERYTHING or not program.sites[fqn].layout.looked_up}
     if found.unmatched and not options.optional:
         raise UsageError(
             session.where(index),
@@ -45,8 +45,7 @@ def select_sites(program: Program, session: Session, options: Any, index: int) -
 
 def _kept(program: Program, fqn: str, options: Any) -> str | None:
     """Return the reason why a site is out of the question for a pass, or None."""
-    obstacle = None if fqn in program.maps else program.sites[fqn].layout.obstacle()
-    return obstacle or _tied(program, fqn, options)
+    return options.obstacle_at(program.sites[fqn]) or _tied(program, fqn, options)
 
 
 def _tied(program: Program, fqn: str, options: Any) -> str | None:

@@ -12,9 +12,12 @@ from lrc.errors import LrcError, SiteError
 from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
-from lrc.ranks import Choice, allocate_ranks
+from lrc.ranks import Allocation, Choice, GroupCurve, SiteCurve, allocate_ranks
 from lrc.run.budget import check_budget, check_shapes, priced, rest_of, spent, with_latency
 from lrc.run.evidence import check_evidence, with_evidence
+from lrc.run.group_pass import apply_groups, plan_groups
+from lrc.run.learning import allocator, learning
+from lrc.run.mixed import alone, modules_of, offers, with_solver
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.points import drawer
@@ -25,6 +28,7 @@ from lrc.run.session import Session, settled
 from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
 from lrc.run.sweep import check_sweep, swept
+from lrc.solvers import GroupOptions
 from lrc.spec.registry import PASSES, Rule
 
 Made = LinearMap | Rewrite | Keep
@@ -92,6 +96,8 @@ class RankedSitePass(SitePass):
     def plan(self, program: Program, session: Session, options: Any, index: int) -> Sequence[Decision]:
         """Decompose every selected weight, and let the rank policy choose."""
         options = settled(program, options)
+        if isinstance(options.solver, GroupOptions):
+            return plan_groups(program, session, options, index)
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
         check_shapes(program, session, options)
@@ -102,18 +108,20 @@ class RankedSitePass(SitePass):
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
         before = in_groups(program, free) if compressed(options) else {}
+        places = {chosen.fqn: place for place, chosen in enumerate(selected)}
+        offered = alone(curves)
 
         def decided(choices: Mapping[str, Choice]) -> list[Decision]:
-            decisions = []
+            of_sites, decisions = offered.placed(choices)
             for chosen in selected:
-                if not chosen.keep and chosen.fqn not in choices:
-                    continue
+                if not chosen.keep and chosen.fqn not in of_sites:
+                    continue  # it is in the decision of a group, or nothing is asked about it
                 made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
                 if not chosen.keep:
                     made = replace(made, after_sites=before.get(chosen.fqn, ()))
-                    made = self.decide(made, program.sites[chosen.fqn], choices[chosen.fqn], terms)
+                    made = self.decide(made, program.sites[chosen.fqn], of_sites[chosen.fqn], terms)
                 decisions.append(with_latency(options, curves, made))
-            return decisions
+            return sorted(decisions, key=lambda d: places[d.sites[0]])
 
         def tried(choices: Mapping[str, Choice]) -> Program:
             clone = program.clone()
@@ -121,20 +129,28 @@ class RankedSitePass(SitePass):
             return clone
 
         curves = with_evidence(program, session, options, curves, terms, tried, index)
-        found = allocate_ranks(
-            list(curves.values()),
-            options.rank,
-            allocate=options.allocate,
-            round_to=options.round_to,
-            rest=rest_of(program, curves),
-            judge=None if trials is None else judge_of(options.rank.quality, trials, session, tried),
-        )
+        offered = offers(program, session, options, index, selected, curves)
+        shared, how = allocator(options)
+
+        def allocated(policy: Any) -> Allocation:
+            return allocate_ranks(
+                offered.curves,
+                policy,
+                allocate=shared,
+                round_to=options.round_to,
+                rest=rest_of(program, curves),
+                judge=None if trials is None else judge_of(options.rank.quality, trials, session, tried),
+                search=learning(program, session, options, terms, how),
+            )
+
+        found = allocated(options.rank)
         decisions = decided(found.choices)
-        session.notices += [*found.notes, *spent(options, curves, decisions)]
+        known: dict[str, SiteCurve | GroupCurve] = {**curves, **offered.joint}
+        session.notices += [*found.notes, *spent(options, known, decisions)]
         if found.tried or session.pareto is not None:
             draw = drawer(program, session, options, curves, index)
             session.points += points_of(found, decided, draw)
-            session.points += swept(program, session, options, curves, decided, tried, draw)
+            session.points += swept(program, session, options, allocated, decided, tried, draw)
         return decisions
 
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:
@@ -171,6 +187,22 @@ class RankedSitePass(SitePass):
         self, program: Program, session: Session, options: Any, decisions: Sequence[Decision], stored: Terms | None
     ) -> Sequence[Decision]:
         """Apply, with the stored decompositions where they are at hand."""
+        if isinstance(options.solver, GroupOptions):
+            return apply_groups(program, session, options, decisions)
+        modules = modules_of(program, options)
+        groups = [d for d in decisions if len(d.sites) > 1] if modules else []
+        single = [d for d in decisions if d not in groups]
+        if groups and stored is None and not compressed(options):  # as planned: of the weights and statistics before the groups
+            stored = session.decompose(program, [d.sites[0] for d in single if d.keep is None], options)
+        joint = apply_groups(program, session, with_solver(options, modules), groups) if modules and groups else []
+        single = list(self.apply_alone(program, session, options, single, stored))
+        made = {d.name: d for d in [*joint, *single]}
+        return [made[d.name] for d in decisions]
+
+    def apply_alone(
+        self, program: Program, session: Session, options: Any, decisions: Sequence[Decision], stored: Terms | None
+    ) -> Sequence[Decision]:
+        """Make the maps of sites that are decided one by one."""
         work = [d for d in decisions if d.keep is None]
         done = {d.name: d for d in decisions}
         if compressed(options):

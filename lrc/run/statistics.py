@@ -102,7 +102,7 @@ def outline_of(site: Site, form: Form, ranks: int) -> SiteCurve:
         bias=bias.parameters,
         index=4 * site.out_features / site.dtype.itemsize,
         itemsize=site.dtype.itemsize,
-        looked_up=site.kind == "embedding",
+        looked_up=site.layout.looked_up,
         now={
             "numbers": now.parameters - bias.parameters,
             "bytes": 0 if stays else now.bytes - bias.bytes,

@@ -1,6 +1,6 @@
 """Other budgets for a pass, planned from the same decompositions: what each would cost and lose."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,8 +8,7 @@ from pydantic import ValidationError
 
 from lrc.errors import UsageError
 from lrc.program import Program
-from lrc.ranks import ParamsKept, QualityBudget, RankPolicy, SiteCurve, allocate_ranks
-from lrc.run.budget import rest_of
+from lrc.ranks import Allocation, ParamsKept, QualityBudget, RankPolicy
 from lrc.run.plan import Decision, Point
 from lrc.run.points import Draw
 from lrc.run.quality import Choices, trials_of
@@ -37,7 +36,7 @@ def swept(
     program: Program,
     session: Session,
     options: Any,
-    curves: Mapping[str, SiteCurve],
+    allocated: Callable[[RankPolicy], Allocation],
     decided: Callable[[Choices], list[Decision]],
     made: Callable[[Choices], Program],
     draw: Draw,
@@ -62,13 +61,7 @@ def swept(
     points = []
     for amount, policy in session.track("pareto", list(zip(amounts, policies, strict=True))):
         try:
-            choices = allocate_ranks(
-                list(curves.values()),
-                policy,
-                allocate=options.allocate,
-                round_to=options.round_to,
-                rest=rest_of(program, curves),
-            ).choices
+            choices = allocated(policy).choices
         except UsageError as error:
             points.append(draw((), key, amount, refused=str(error)))
             continue

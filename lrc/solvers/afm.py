@@ -9,10 +9,12 @@ from torch import Tensor
 
 from lrc.solvers.base import Decomposition, Moments, Need, SolverOptions, solver
 from lrc.solvers.checks import check
-from lrc.solvers.inputs import input_moment, output_mean
+from lrc.solvers.inputs import input_mean, input_moment, output_mean
 from lrc.solvers.ladder import root
 from lrc.solvers.terms import eigenvectors, storage_dtype, stored
 from lrc.solvers.whitened import UNIT, with_bias
+
+SUM = 1e-6  # how far from 1 the counts of a bag may be on average, and still count as shares
 
 
 class AfmSolver(SolverOptions):
@@ -55,7 +57,7 @@ def afm(
     covariance of y is W C Wᵀ from that of x; the part of b inside U_r stays in the second bias.
     """
     check(weight, bias, moments, max_rank, options.needs)
-    return _components(weight, bias, moments, max_rank, options.center)
+    return components(weight, bias, moments, max_rank, options.center)
 
 
 @solver(LordSolver)
@@ -73,12 +75,16 @@ def lord(
     a layer dense whose rank does not shrink it; that is decided by `lrc.ranks`.
     """
     check(weight, bias, moments, max_rank, options.needs)
-    return _components(weight, bias, moments, max_rank, options.center)
+    return components(weight, bias, moments, max_rank, options.center)
 
 
-def _components(weight: Tensor, bias: Tensor | None, moments: Moments, max_rank: int, center: bool) -> Decomposition:
+def components(weight: Tensor, bias: Tensor | None, moments: Moments, max_rank: int, center: bool) -> Decomposition:
+    """Return the principal components of the outputs, float64 inside: B = U, A = Uᵀ W, with the bias as the layer needs it."""
     W = weight.double()
     lookup = moments.gram is not None and moments.gram.ndim == 1
+    notes: tuple[str, ...] = ()
+    if lookup and center and abs(float(input_mean(moments).sum()) - 1) > SUM:
+        center, notes = False, ("the mean output stays in: the counts of a bag do not sum to 1",)
     if lookup and center:  # one-hot vectors sum to 1: taking the mean off every row of the table centres the outputs
         W = W - output_mean(weight, moments)[:, None]
     L = root(input_moment(moments, center and not lookup), "gram", variant="eigh")
@@ -88,4 +94,4 @@ def _components(weight: Tensor, bias: Tensor | None, moments: Moments, max_rank:
     order = S.argsort(descending=True, stable=True)
     U = U[:, order]
     terms = stored(U, U.T @ W, S[order], max_rank, storage_dtype(weight), balance=False)
-    return with_bias(replace(terms, scale=L.weight, unit=UNIT, notes=L.notes), weight, bias, moments, center)
+    return with_bias(replace(terms, scale=L.weight, unit=UNIT, notes=notes + L.notes), weight, bias, moments, center)

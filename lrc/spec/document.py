@@ -100,6 +100,7 @@ class Document(SpecModel):
         named["evaluate.dataset"] = judged.dataset if judged.metrics else None
         named |= {f"evaluate.metrics.{i}.dataset": getattr(m, "dataset", None) for i, m in enumerate(judged.metrics)}
         for i, options in enumerate(self.passes):
+            named |= {f"passes.{i}.{key}": name for key, name in getattr(options, "datasets", dict)().items()}
             quality = getattr(getattr(options, "rank", None), "quality", None)
             if quality is not None:
                 named[f"passes.{i}.rank.quality.metric.dataset"] = getattr(quality.metric, "dataset", None)

@@ -59,7 +59,7 @@ def resized(inputs: Inputs, sizes: Mapping[str, int], generator: torch.Generator
             in_order = name == "position_ids"
             index = torch.arange(size) % old if in_order else torch.randint(old, (size,), generator=generator)
             value = value.index_select(dim, index)
-        made[name] = value.contiguous()
+        made[name] = value.clone(memory_format=torch.contiguous_format)  # two cases in one memory cannot be stored
     return made
 
 

@@ -47,7 +47,7 @@ def test_a_quantised_map_is_what_it_says(name: str, shape: tuple[int, int], bias
     assert torch.equal(made.dense().weight, FORMATS[name].rounded(W))
     assert made.cost().parameters == W.numel() + (shape[0] if bias else 0)
     floating = sum(t.numel() for t in [*made.parameters(), *made.buffers()] if t.is_floating_point())
-    assert floating + made.packed == made.cost().parameters
+    assert floating + made.packed_numbers == made.cost().parameters
 
 
 @settings(max_examples=25, deadline=None)

@@ -7,9 +7,10 @@ import torch
 from models import batches, inputs_for
 from torch import Tensor, nn
 
+from lrc.data.batches import IGNORED
 from lrc.errors import DataError, SiteError, UsageError
 from lrc.measure import Cache, collect
-from lrc.measure.cotangents import IGNORED, cotangent, has_classes
+from lrc.measure.cotangents import cotangent, has_classes
 from lrc.program import Program
 from lrc.program.capture import capture_module
 from lrc.program.readout import readout

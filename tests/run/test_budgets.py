@@ -189,7 +189,7 @@ def test_two_factors_in_place_of_an_unstable_pivoted_form_take_no_more(
 ) -> None:
     module = importlib.import_module("lrc_passes.factorize")
     monkeypatch.setattr(module, "pivot", lambda *_, **__: Refusal("the test says so"))
-    done = compiled(solver="kfac", rank={"size_mb": 0.0022}, round_to=round_to)
+    done = compiled(solver={"type": "kfac", "modules": False}, rank={"size_mb": 0.0022}, round_to=round_to)
     assert done.program.size()[1] <= 2200
     found = [d for d in done.plan.decisions if d.rank is not None]
     assert {type(done.program.map_of(d.name)) for d in found} == {Chain}

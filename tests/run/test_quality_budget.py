@@ -65,7 +65,7 @@ def test_no_step_decomposes_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     solved = []
     solve = Session.solve
     monkeypatch.setattr(Session, "solve", lambda self, site, *a: solved.append(site.fqn) or solve(self, site, *a))
-    done = run({"metric": METRIC, "at_least": 0.9})
+    done = run({"metric": METRIC, "at_least": 0.9}, solver={"type": "kfac", "modules": False})
     assert len(done.plan.points) == 8
     assert sorted(solved) == ["down", "middle", "up"]
 

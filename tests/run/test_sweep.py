@@ -18,6 +18,7 @@ from lrc.run.plan import Plan, Point
 from lrc.run.session import Session
 
 Make = Callable[..., Plan]
+ALONE = {"type": "kfac", "modules": False}  # no groups: the figures of sites add up
 BUDGETS = [0.9, 0.4, 0.6, 0.02]
 
 
@@ -29,7 +30,7 @@ def made(tmp_path: Path) -> Make:
         np.savez("labelled.npz", x=x.numpy(), labels=tiny.mlp()(x).argmax(1).numpy())
 
     def make(pareto: dict[str, Any] | None, **options: Any) -> Plan:
-        spec = tiny.factorize(**({"solver": "kfac", "rank": {"params_kept": 0.6}} | options))
+        spec = tiny.factorize(**({"solver": ALONE, "rank": {"params_kept": 0.6}} | options))
         spec |= {"pareto": pareto, "evaluate": {"dataset": "labelled.npz"}}
         return lrc.plan(
             tiny.captured_mlp(), spec, inputs={"x": tiny.mlp_inputs()}, calibration=tiny.calibration_of_mlp(),
@@ -74,7 +75,7 @@ def test_a_metric_is_measured_on_the_model_of_every_budget(made: Make) -> None:
     plan = made({"budgets": BUDGETS, "metric": "accuracy"})
     assert [p.metric for p in plan.points] == ["accuracy"] * 3 + [None]
     done = lrc.compile(
-        tiny.captured_mlp(), tiny.factorize(solver="kfac", rank={"params_kept": 0.4}),
+        tiny.captured_mlp(), tiny.factorize(solver=ALONE, rank={"params_kept": 0.4}),
         inputs={"x": tiny.mlp_inputs()}, calibration=tiny.calibration_of_mlp(),
     )  # fmt: skip
     x = torch.cat([batch["x"] for batch in tiny.calibration_of_mlp()])

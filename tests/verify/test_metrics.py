@@ -17,9 +17,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import lrc
+from lrc.api import Finished
 from lrc.data import Request
 from lrc.errors import DataError, UsageError
 from lrc.lower.base import Runner
+from lrc.lower.ort_decoder import open_onnx
 from lrc.spec.document import EvaluateSpec
 from lrc.verify.evaluate import evaluate
 from lrc.verify.metrics.accuracy import Accuracy, accuracy
@@ -28,6 +30,7 @@ from lrc.verify.metrics.generation import Divergence, Generation, divergence, ge
 from lrc.verify.metrics.perplexity import Perplexity, perplexity
 from lrc.verify.metrics.python import PythonMetric, python_metric
 from lrc.verify.metrics.spearman import Spearman, spearman
+from lrc.verify.runner import run
 
 TABLE = torch.randn(tiny.VOCAB, tiny.VOCAB, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -110,6 +113,62 @@ def test_perplexity_of_a_decoder_is_its_own_loss(data: Path, llama: Path) -> Non
         loss = program.origin.model(input_ids=windows, labels=windows).loss  # type: ignore[misc]  # a transformers model
     found = perplexity(subject(program, data / "stream.txt", "text-generation", tokenizer=llama, max_length=16), Perplexity())
     assert found == pytest.approx(math.exp(float(loss)), rel=1e-5)
+
+
+def by_hand(model: Runner, ids: list[int], max_length: int, stride: int) -> float:
+    """The perplexity of every token but the first, each scored in the first window that holds it."""
+    losses, scored, begin = [], 1, 0
+    while scored < len(ids):
+        begin = min(begin, len(ids) - max_length)
+        window = torch.tensor([ids[begin : begin + max_length]])
+        logs = run(model, {"input_ids": window, "attention_mask": torch.ones_like(window)})["logits"][0].log_softmax(-1)
+        losses += [-float(logs[place - begin - 1, ids[place]]) for place in range(scored, begin + max_length)]
+        scored, begin = begin + max_length, begin + stride
+    assert len(losses) == len(ids) - 1
+    return math.exp(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(16, 5), (16, 1), (16, 15), (12, 6)])
+def test_perplexity_by_a_sliding_window_is_that_of_a_loop_by_hand(
+    data: Path, llama: Path, max_length: int, stride: int
+) -> None:
+    program = lrc.capture(str(llama))
+    text = data / "stream.txt"
+    ids = ids_of(text, 1)[:, 0].tolist()
+    given = subject(program, text, "text-generation", tokenizer=llama, max_length=max_length)
+    found = perplexity(given, Perplexity(stride=stride))
+    assert found == pytest.approx(by_hand(program, ids, max_length, stride), rel=1e-5)
+    other = subject(program, text, "text-generation", tokenizer=llama, max_length=40)
+    assert found == perplexity(other, Perplexity(stride=stride, max_length=max_length))
+
+
+def test_an_onnx_decoder_is_scored_by_a_sliding_window_too(finished_decoder: Finished, data: Path, llama: Path) -> None:
+    decoder = open_onnx(finished_decoder.path / "onnx" / "model.onnx")
+    ids = ids_of(data / "stream.txt", 1)[:, 0].tolist()
+    given = subject(decoder, data / "stream.txt", "text-generation", tokenizer=llama, max_length=16)
+    assert perplexity(given, Perplexity(stride=7)) == pytest.approx(by_hand(decoder, ids, 16, 7), rel=1e-5)
+
+
+def test_a_stride_of_the_whole_window_is_no_overlap(data: Path, llama: Path) -> None:
+    given = subject(Bigram(), data / "stream.txt", "text-generation", tokenizer=llama, max_length=16)
+    assert perplexity(given, Perplexity(stride=16)) == perplexity(given, Perplexity())
+    assert perplexity(given, Perplexity(stride=15)) != perplexity(given, Perplexity())
+
+
+def test_a_stride_counts_windows_from_the_start(data: Path, llama: Path) -> None:
+    program = lrc.capture(str(llama))
+    ids = ids_of(data / "stream.txt", 1)[:26, 0].tolist()
+    short = subject(program, data / "stream.txt", "text-generation", tokenizer=llama, max_length=16, samples=3)
+    assert perplexity(short, Perplexity(stride=5)) == pytest.approx(by_hand(program, ids, 16, 5), rel=1e-5)
+
+
+def test_a_stride_that_cannot_be_is_an_error(data: Path, llama: Path, tmp_path: Path) -> None:
+    given = subject(Bigram(), data / "stream.txt", "text-generation", tokenizer=llama, max_length=16)
+    with pytest.raises(UsageError, match=r"evaluate\.perplexity\.stride: expected at most max_length, 16, got 17"):
+        perplexity(given, Perplexity(stride=17))
+    save_file({"input_ids": torch.ones(2, 9, dtype=torch.long)}, tmp_path / "ids.safetensors")
+    with pytest.raises(UsageError, match=r"expected text, or token ids in one stream, got batches that are cut already"):
+        perplexity(subject(Bigram(), tmp_path / "ids.safetensors", "text-generation"), Perplexity(stride=3))
 
 
 def test_a_text_that_is_too_short_is_an_error(data: Path, llama: Path) -> None:

@@ -33,6 +33,9 @@ class MetricOptions(Tagged):
     higher_is_better: ClassVar[bool] = True
     relative: ClassVar[bool] = False
 
+    def check(self, max_length: int, where: str) -> None:
+        """Raise UsageError, before any model is loaded, for options that do not go together. max_length: that of `evaluate`."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -47,15 +50,19 @@ class Subject:
         """The task of the model."""
         return self.request.task
 
-    def data(self, options: MetricOptions) -> Request:
-        """Return where a metric's data is. Raises UsageError when neither it nor `evaluate` names any."""
+    def data(self, options: MetricOptions, max_length: int | None = None) -> Request:
+        """Return where a metric's data is, and how long a sample is where that is not as `evaluate` says.
+
+        Raises UsageError when neither the metric nor `evaluate` names any data.
+        """
+        request = self.request if max_length is None else replace(self.request, max_length=max_length)
         if options.dataset is not None:
-            return replace(self.request, dataset=options.dataset)
-        if not self.request.dataset:
+            return replace(request, dataset=options.dataset)
+        if not request.dataset:
             raise UsageError(
                 f"evaluate.{options.type}", message="no data", hint="Set `evaluate.dataset`, or the metric's `dataset`"
             )
-        return self.request
+        return request
 
 
 def metric(options: type[MetricOptions]) -> Callable[[Callable[P, R]], Rule[P, R]]:
