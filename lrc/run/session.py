@@ -14,8 +14,11 @@ from lrc.measure.cotangents import has_classes
 from lrc.program import Program, Site
 from lrc.ranks import FixedRank, rounded
 from lrc.run.fronts import choices_of
+from lrc.run.plan import Point
 from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
+from lrc.run.trials import Evaluation
 from lrc.solvers import Decomposition, Moments, Need, solve_blocks
+from lrc.spec.document import ParetoSpec
 from lrc.spec.registry import SOLVERS
 
 T = TypeVar("T")
@@ -38,8 +41,9 @@ class Session:
 
     batches: makes the calibration batches, called at most once and only when a statistic is needed; has_data: whether there
     are any. memo: what passes measured by other ways than moments, by digest. notices: what the plan should mention beside
-    the decisions (shadowed patterns, how a budget was shared). allow_code: whether code that the spec names may run. original:
-    the program before the passes, for those that look back at it. training: a record of every pass that trained.
+    the decisions (shadowed patterns, how a budget was shared); points: the budgets that were tried. evaluation: how the spec
+    judges; pareto: which budgets it wants to see beside its own. allow_code: whether code that the spec names may run.
+    original: the program before the passes, for those that look back at it. training: a record of every pass that trained.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class Session:
         spec_path: Path | None = None,
         progress: Progress = silent,
         has_data: bool = True,
+        evaluation: Evaluation | None = None,
+        pareto: ParetoSpec | None = None,
         allow_code: bool = False,
     ) -> None:
         self.cache = cache
@@ -59,6 +65,9 @@ class Session:
         self.spec_path = spec_path
         self.shadowed: list[str] = []
         self.notices: list[str] = []
+        self.points: list[Point] = []
+        self.evaluation = evaluation
+        self.pareto = pareto
         self.memo: dict[str, Any] = {}
         self.has_data = has_data
         self.allow_code = allow_code
