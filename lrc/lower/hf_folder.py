@@ -12,7 +12,7 @@ from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.program import Program
 from lrc.program.checks import need_transformers
-from lrc.program.graft import graft, share
+from lrc.program.graft import graft, joint_modules, share
 from lrc.program.huggingface import Quiet, load_folder
 
 SKIPPED = {"config.json", "README.md", "generation_config.json", "data_config.json"}
@@ -62,6 +62,9 @@ def write_config(program: Program, path: Path) -> None:
         sites |= {module: made.structure() for module, made in program.placed(fqn).items()}
     if sites:
         config["lrc"] = {"format": 1, "task": program.task, "sites": sites}
+        ties = [list(names) for names in joint_modules(program)] or (kept or {}).get("ties")
+        if ties:
+            config["lrc"]["ties"] = ties
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -70,7 +73,8 @@ def separate_shared_maps(program: Program, model: nn.Module) -> list[str]:
     """Give every use of a weight that several modules share its own copy: transformers knows no such sharing."""
     notes = []
     for fqn in program.maps:
-        uses = list(program.placed(fqn))
+        tables = [use.module for use in program.site(fqn).uses if use.layout is not None]
+        uses = [module for module in program.placed(fqn) if module not in tables]
         for other in uses[1:]:
             model.set_submodule(other, _copied(model.get_submodule(other)))
             notes.append(

@@ -4,11 +4,12 @@ from lrc.maps.bag import Bag
 from lrc.maps.base import Affine, Cost, LinearMap, Structure
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain, Geometry
-from lrc.maps.layouts import Bags, Indices, Layout, Patches, Rows, planned
+from lrc.maps.layouts import Bags, Indices, JointRows, Layout, Patches, Rows, planned
 from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
 from lrc.maps.lookup import Lookup
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.shared import SharedLookup, looked_up
 from lrc.maps.simplify import Folded, fold, simplify
 from lrc.maps.structure import pivoted_structure, restore
 
@@ -26,6 +27,7 @@ __all__ = [
     "Folded",
     "Geometry",
     "Indices",
+    "JointRows",
     "Layout",
     "LinearMap",
     "Lookup",
@@ -34,10 +36,12 @@ __all__ = [
     "Pivoted",
     "Rows",
     "Scale",
+    "SharedLookup",
     "Structure",
     "Sum",
     "fold",
     "frozen",
+    "looked_up",
     "permute_inputs",
     "permute_outputs",
     "pivoted_structure",

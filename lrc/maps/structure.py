@@ -12,8 +12,9 @@ from lrc.maps.conv import Conv, ConvChain
 from lrc.maps.leaves import Dense, Diagonal, Permutation
 from lrc.maps.lookup import Lookup
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.shared import SharedLookup
 
-KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Bag)
+KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Bag, SharedLookup)
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 
 

@@ -12,8 +12,9 @@ from lrc.errors import SiteError
 from lrc.maps import Layout
 from lrc.measure.cache import Cache
 from lrc.measure.cotangents import Fisher, cotangent
+from lrc.measure.joint import joint_moments, refuse_samples
 from lrc.measure.samples import SampleSums
-from lrc.measure.second_moments import BagCounts, Counts, SecondMoment
+from lrc.measure.second_moments import BagCounts, Counts, SecondMoment, Squares
 from lrc.measure.stored import load_moments, store_moments
 from lrc.measure.taps import (
     Piece,
@@ -91,11 +92,12 @@ class Walk(fx.Interpreter):
         self.backward = not needs.isdisjoint({Need.GRADIENTS, Need.WEIGHT_FISHER})
         self.taps: dict[str, tuple[Tap, ...]] = {fqn: taps_of(program, fqn) for fqn in fqns}
         every = [tap for taps in self.taps.values() for tap in taps]
-        width = {fqn: program.sites[fqn].shape for fqn in self.taps}
+        refuse_samples([program.sites[fqn] for fqn in self.taps], needs)
+        joint = {fqn for fqn in self.taps if program.sites[fqn].joint}
         forward, backward = (every if need in needs else [] for need in (Need.INPUTS, Need.GRADIENTS))
-        self.inputs = {source(tap): accumulator(tap, width[tap.fqn][1]) for tap in forward}
-        self.outputs = {tap.gives: SecondMoment(width[tap.fqn][0]) for tap in backward}
-        self.weighted = {tap.gives: accumulator(tap, width[tap.fqn][1]) for tap in backward}
+        self.inputs = {source(tap): accumulator(tap) for tap in forward}
+        self.outputs = {tap.gives: output_sums(tap, joint=tap.fqn in joint) for tap in backward}
+        self.weighted = {tap.gives: accumulator(tap) for tap in backward if tap.fqn not in joint}
         self.samples = SampleSums(program, self.taps, needs)
         self.given_by = {tap.gives: tap for tap in every}
         self.read_by: dict[fx.Node, dict[Source, Tap]] = {}
@@ -157,8 +159,7 @@ class Walk(fx.Interpreter):
     def _pieces(self, tap: Tap, value: Tensor) -> Iterator[Piece]:
         """Yield the rows of what a tap reads."""
         context = {name: self.read[node] for name, node in tap.context}
-        features = self.program.sites[tap.fqn].in_features
-        yield from pieces(tap.layout, value, self.mask_of(tap, tap.reads, value), features, context)
+        yield from pieces(tap.layout, value, self.mask_of(tap, tap.reads, value), tap.shape[1], context)
 
     def mask_of(self, tap: Tap, node: fx.Node, value: Tensor) -> Tensor | None:
         """Return which rows of what a tap reads, or gives, are no padding; None for all."""
@@ -188,6 +189,8 @@ class Walk(fx.Interpreter):
 
     def _add_gradient(self, tap: Tap, rows: Tensor, weight: float) -> None:
         self.outputs[tap.gives].add(rows, weight)
+        if tap.gives not in self.weighted:
+            return
         squares = rows.float().square().sum(1)
         for piece in self._pieces(tap, self.read[tap.reads] if tap.context else self.seen[tap.reads]):
             add_piece(self.weighted[tap.gives], piece, weight, squares)
@@ -198,6 +201,9 @@ class Walk(fx.Interpreter):
         shared: dict[tuple[Source, ...], Moments] = {}
         made = {}
         for fqn, taps in self.taps.items():
+            if self.program.sites[fqn].joint:
+                made[fqn] = self._joint(fqn, taps, max(tokens, 1))
+                continue
             reads = tuple(dict.fromkeys(source(tap) for tap in taps))
             if reads not in shared:
                 shared[reads] = self._means(fqn, reads, taps)
@@ -216,6 +222,21 @@ class Walk(fx.Interpreter):
         mean = _added([self.weighted[node].column_sum() for node in gives]) / weight
         return replace(moments, fisher=fisher, weighted_gram=gram, weighted_mean=mean)
 
+    def _joint(self, fqn: str, taps: Sequence[Tap], tokens: int) -> Moments:
+        """Return the moments of a weight that heads multiply and embeddings look up."""
+        heads, tables = [tap for tap in taps if not tap.layout.looked_up], [tap for tap in taps if tap.layout.looked_up]
+        found = self._means(fqn, tuple(dict.fromkeys(source(tap) for tap in heads)), heads)
+        if found.gram is None or found.mean is None:
+            return found
+        squares = counts = gradients = None
+        if self.outputs:
+            squares, gradients = (
+                _finite(_added([self.outputs[tap.gives].total() for tap in some]) / tokens, fqn, "output gradients")
+                for some in (heads, tables)
+            )
+            counts = _added([self.inputs[source(tap)].total() for tap in tables]) / tokens
+        return joint_moments((found.gram, found.mean), found.tokens, squares, counts, gradients)
+
     def _means(self, fqn: str, reads: tuple[Source, ...], taps: Sequence[Tap]) -> Moments:
         if not self.inputs:
             return Moments(tokens=sum(self.tokens[tap.gives] for tap in taps))
@@ -230,11 +251,16 @@ def source(tap: Tap) -> Source:
     return tap.reads, None if tap.layout.kind == "linear" else tap.layout, tap.context
 
 
-def accumulator(tap: Tap, features: int) -> Sums:
+def accumulator(tap: Tap) -> Sums:
     """Return sums for what a tap reads: of one-hot vectors, only how often each one came."""
     if tap.layout.kind == "embedding_bag":
-        return BagCounts(features)
-    return Counts(features) if tap.layout.looked_up else SecondMoment(features)
+        return BagCounts(tap.shape[1])
+    return Counts(tap.shape[1]) if tap.layout.looked_up else SecondMoment(tap.shape[1])
+
+
+def output_sums(tap: Tap, *, joint: bool) -> SecondMoment | Squares:
+    """Return sums for the gradients of what a tap gives: of a head that shares a table, only the squares."""
+    return Squares(tap.shape[0]) if joint and not tap.layout.looked_up else SecondMoment(tap.shape[0])
 
 
 def add_piece(sums: Sums, piece: Piece, weight: float = 1.0, squares: Tensor | None = None) -> None:

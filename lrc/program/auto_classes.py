@@ -14,7 +14,7 @@ from torch import nn
 from lrc.errors import ModelError
 from lrc.maps import restore
 from lrc.program.checks import check_finite, need_transformers
-from lrc.program.graft import forget_ties
+from lrc.program.graft import forget_ties, tie_maps
 from lrc.program.owners import owned, place
 
 PREFIX = "lrc_"
@@ -72,6 +72,9 @@ class _Mapped:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # of the model class beside this one
         install(self, config.lrc)  # type: ignore[arg-type]
         forget_ties(self)  # type: ignore[arg-type]
+        for head, table in config.lrc.get("ties", ()):
+            if _has(self, head) and _has(self, table):  # the body alone has no head
+                tie_maps(self, head, table)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -109,6 +112,14 @@ def install(model: nn.Module, section: Mapping[str, Any]) -> None:
                 place(model, found, restore(structure))
     finally:
         torch.set_default_dtype(previous)
+
+
+def _has(model: Any, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _place(model: nn.Module, fqn: str, prefix: str) -> str | None:

@@ -39,6 +39,8 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
         if site.tied:
             untie(twin)
     forget_ties(twin)
+    for head, table in joint_modules(program):
+        tie_maps(twin, head, table)
     return twin
 
 
@@ -59,6 +61,25 @@ def untie(model: nn.Module) -> None:
         before, config.tie_word_embeddings = config.tie_word_embeddings, False
         if type(config).from_dict(config.to_dict()).tie_word_embeddings is not False:
             config.tie_word_embeddings = before
+
+
+def joint_modules(program: Program) -> list[tuple[str, str]]:
+    """Return the names of a head and of an embedding for all that one map stands for."""
+    sites = [program.site(fqn) for fqn in program.maps]
+    return [(site.uses[0].module, use.module) for site in sites for use in site.uses if use.layout is not None]
+
+
+def tie_maps(model: nn.Module, head: str, table: str) -> None:
+    """Make the matrices of a head those of a table, and tell transformers, which stores them once under the table's names."""
+    target, source = model.get_submodule(head), model.get_submodule(table)
+    names = {}
+    for name, parameter in source.named_parameters(recurse=False):
+        own = "weight" if name == "table" else name  # of a dense head
+        setattr(target, own, parameter)
+        names[f"{head}.{own}"] = f"{table}.{name}"
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        if hasattr(model, attribute):
+            setattr(model, attribute, dict(getattr(model, attribute) or {}) | names)
 
 
 def forget_ties(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrc.errors import SiteError, UsageError
-from lrc.maps import LinearMap
+from lrc.maps import LinearMap, looked_up
 from lrc.program.edits import put, raise_uses
 from lrc.program.find import consumers, find_products
 from lrc.program.inputs import Inputs
@@ -139,10 +139,25 @@ class Program:
         self.maps[fqn], self.made_by[fqn] = made, by
         first = site.uses[0].bias
         for use in site.uses:
+            if use.layout is not None:
+                put(self.graph_module, use.module, self._table(site, made))
+                continue
             own = made if use.bias == first else made.with_bias(self._own_bias(made, first, use.bias))
             put(self.graph_module, use.module, own)
         if settle:
             self.settle()
+
+    def join(self, fqn: str) -> None:
+        """Let one map stand for a head and for the embeddings that share its weight. Numbers stay; doing so twice is once."""
+        site = self.site(fqn)
+        if not site.joint:
+            self.sites[fqn] = site.shared()
+
+    def _table(self, site: Site, made: LinearMap) -> LinearMap:
+        try:
+            return looked_up(made)
+        except TypeError as error:
+            raise SiteError(site.fqn, message=f"an embedding shares the weight, and {error}", hint="Untie it first") from error
 
     def settle(self) -> None:
         """Check the graph after replacements, and compile it again."""

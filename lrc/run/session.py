@@ -91,10 +91,12 @@ class Session:
         if not needs:
             return "nothing"
         backward = not needs.isdisjoint({Need.GRADIENTS, Need.WEIGHT_FISHER})
+        joint = [fqn for fqn, site in program.sites.items() if site.joint]
         gradients = (getattr(options, "fisher", "sampled"), getattr(options, "draws", 1)) if backward else ()
         return digest(
             "moments-2", program.digest(), list(self.batches), sorted(needs), gradients, self.seed,
             torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
+            *([joint] if joint else []),
         )  # fmt: skip
 
     def moments(self, program: Program, fqns: Sequence[str], needs: frozenset[Need], options: Any = None) -> MomentsOf:

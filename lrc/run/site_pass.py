@@ -90,6 +90,9 @@ class RankedSitePass(SitePass):
         options = settled(program, options)
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
+        for fqn in free if options.tied == "joint" else ():
+            if program.sites[fqn].lookups:
+                program.join(fqn)
         check_shapes(program, session, options)
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})

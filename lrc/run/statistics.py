@@ -74,7 +74,7 @@ class Terms:
         terms = self._spectra[site.fqn]
         now, bias = site.map.cost(1), site.map.bias_cost(1)
         stays = site.fqn not in site.program.maps and bool(site.tied)  # what else reads the weight goes on reading it
-        without = any(use.bias is None for use in site.uses)
+        without = any(use.bias is None for use in site.uses if use.layout is None)
         return SiteCurve(
             name=site.fqn,
             out_features=site.out_features,
