@@ -48,6 +48,11 @@ class Compiled:
         return self.program.module()
 
     @property
+    def training(self) -> list[dict[str, Any]]:
+        """What every pass `train` did, with its losses step by step."""
+        return self.prepared.session.training
+
+    @property
     def report(self) -> str:
         """The plan as it was carried out, as text."""
         return plain_report(self.plan)
@@ -215,7 +220,7 @@ def write(
 
 def about(record: Record, spec: str) -> Mapping[str, str]:
     """Return the files that a person reads: the report and the model card."""
-    manifest = {"model": record.model, "parity": record.parity, "failures": record.failures}
+    manifest = {"model": record.model, "parity": record.parity, "failures": record.failures, "training": record.training}
     metrics = {"metrics": record.metrics, "gates": record.gates}
     return {
         "lrc/report.html": html_report(record.plan, manifest, metrics, spec),

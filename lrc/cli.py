@@ -7,10 +7,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import click
 import typer
+
+from lrc.cli_adapters import extract_lora, merge
+from lrc.cli_base import AllowCode, Json, Model, show
 
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 
@@ -23,13 +26,10 @@ app = typer.Typer(
 )
 
 Spec = Annotated[Path, typer.Argument(help="The spec: a YAML or JSON file.", show_default=False)]
-Model = Annotated[str, typer.Argument(help="HF folder, hub id, pkg://package/dir, model.pt2, or module:factory.")]
 Rest = Annotated[
     Optional[list[str]],  # noqa: UP045  typer reads this form
     typer.Argument(help="[MODEL] [section.key=value ...]", metavar="[MODEL] [KEY=VALUE ...]", show_default=False),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-AllowCode = Annotated[bool, typer.Option(help="Let `module:factory` and remote code run.")]
 Cache = Annotated[Path | None, typer.Option(help="Where statistics are kept (default: .lrc-cache beside the output).")]
 Output = Annotated[Optional[Path], typer.Option("--output", "-o", help="The output folder (default: the spec's).")]  # noqa: UP045
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
@@ -40,19 +40,6 @@ def split_rest(rest: list[str] | None) -> tuple[str | None, list[str]]:
     words = list(rest or [])
     model = words.pop(0) if words and "=" not in words[0].split("/")[0] else None
     return model, words
-
-
-def show(data: Any, as_json: bool, text: Any) -> None:
-    """Print `data` as JSON, or the text (anything rich prints)."""
-    if as_json:
-        sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n")
-        return
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(text, soft_wrap=isinstance(text, str), markup=False, highlight=False)
 
 
 @app.command()
@@ -185,6 +172,10 @@ def export(folder: Annotated[Path, typer.Argument(help="A finished output folder
 
     made = export_folder(folder, to, output, settings or ())
     show({"files": [str(f) for f in made]}, as_json, "\n".join(f"wrote {f}" for f in made))
+
+
+app.command()(merge)
+app.command("extract-lora")(extract_lora)
 
 
 @app.command()

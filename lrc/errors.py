@@ -65,6 +65,10 @@ class SolverError(LrcError):
     """A solver was given statistics or options that it cannot use."""
 
 
+class TrainError(LrcError):
+    """Training cannot go on; the last good checkpoint is kept."""
+
+
 class LowerError(LrcError):
     """An artifact could not be written or does not load."""
 

@@ -1,5 +1,6 @@
 """Tiny random models of many architectures, captured once a session, exact maps for their sites, and how runs may differ."""
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -220,3 +221,27 @@ def perceptron(*, width: int = 8, dtype: torch.dtype = torch.float32) -> Percept
     """Return a new perceptron, the same one every time."""
     torch.manual_seed(0)
     return Perceptron(width).to(dtype).eval()
+
+
+class Block(nn.Module):
+    """A block with norms before it, of a choice of norm, and what else may read the residual stream."""
+
+    def __init__(self, norm: nn.Module, reads: str = "norm") -> None:
+        super().__init__()
+        self.first, self.last = norm, copy.deepcopy(norm)
+        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.table, self.reads = nn.Embedding(10, 8), reads
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        x = x + self.down(torch.relu(self.up(self.first(x))))
+        if self.reads == "tanh":
+            x = torch.tanh(x)
+        y = self.last(x) if self.reads != "raw" else x
+        return self.head(torch.relu(y) if self.reads == "relu" else y)
+
+
+def block(norm: nn.Module, reads: str = "norm") -> Block:
+    """Return a new block in eval mode, the same one every time."""
+    torch.manual_seed(0)
+    return Block(norm, reads).eval()

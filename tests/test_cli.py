@@ -66,9 +66,9 @@ def test_the_program_lists_its_verbs(cli: Run) -> None:
         (["benchmark", "a", "--rounds", "0"], "lrc benchmark: Invalid value for '--rounds': 0 is not in the range x>=1."),
         (["validate", "nowhere.yaml"], "nowhere.yaml: no such file. `lrc init MODEL` writes one."),
         (["inspect", "./nowhere"], "./nowhere: expected a Hugging Face folder, a hub id, pkg://package/dir, module:factory"),
-        (["list", "nosuch"], "list nosuch: expected one of passes, solvers, ranks, metrics, exports"),
+        (["list", "nosuch"], "list nosuch: expected one of passes, solvers, "),
         (["diff", "a", "b"], "a: expected a spec, a plan.json or an output folder, got no such file."),
-        (["export", ".", "--format", "gguf"], "--format: unknown export format 'gguf'; known: aoti, hf, onnx, pt2"),
+        (["export", ".", "--format", "gguf"], "--format: unknown export format 'gguf'; known: aoti, hf, onnx, peft, pt2"),
         (["export", ".", "--format", "onnx"], ".: expected a finished output folder of lrc, got neither config.json nor"),
         (["benchmark", "."], ".: expected a finished output folder of lrc"),
         (["report", "."], ".: expected a finished output folder of lrc"),
@@ -334,15 +334,17 @@ def test_report_writes_one_page_that_loads_nothing(finished: Finished, cli: Run,
 
 def test_list_names_everything_that_a_spec_may_use(cli: Run) -> None:
     found = cli("list", "--json").json
-    assert found["passes"] == ["factorize", "merge"]
+    assert {"adapt", "factorize", "load_adapter", "merge", "quantize", "slice", "split", "train"} <= set(found["passes"])
     assert {"kfac", "whitened", "svd", "afm", "lord", "gram"} <= set(found["solvers"])
     assert {"params_kept", "energy", "fraction", "breakeven", "rank"} <= set(found["ranks"])
     assert found["metrics"] == ["accuracy", "generation", "kl", "perplexity", "python", "spearman"]
-    assert found["exports"] == ["aoti", "hf", "onnx", "pt2", "torch_compile"]
+    assert found["exports"] == ["aoti", "hf", "onnx", "peft", "pt2", "torch_compile"]
     assert "kfac" in found["presets"]
-    for kind in ("adapters", "initialisers", "optimizers", "recipes"):
+    for kind in ("adapters", "initialisers", "recipes"):
         assert isinstance(found[kind], list)
-    assert cli("list", "passes").out == "passes: factorize, merge\n"
+    assert {"adamw", "fira", "galore", "proximal_adamw", "riemannian_adamw"} <= set(found["optimizers"])
+    assert {"causal_lm", "classification", "cosine", "distillation", "reconstruction"} <= set(found["objectives"])
+    assert cli("list", "passes").out.startswith("passes: ")
 
 
 def test_schema_prints_the_schema_of_the_spec(cli: Run) -> None:

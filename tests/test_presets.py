@@ -16,10 +16,12 @@ from lrc.api import compile_to_folder
 from lrc.maps import restore
 from lrc.program import Program
 from lrc.solvers import BUILTIN
+from lrc.solvers.splits import BUILTIN as SPLITTERS_BUILTIN
 from lrc.spec.load import load_document, preset_names
-from lrc.spec.registry import SOLVERS
+from lrc.spec.registry import SOLVERS, SPLITTERS
 
 SOLVER_NAMES = {rule.name for rule in BUILTIN}
+SPLITTER_NAMES = {rule.name for rule in SPLITTERS_BUILTIN}
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,16 @@ def needs_of(name: str) -> set[str]:
     return {solver if isinstance(solver, str) else solver["type"] for solver in solvers if solver is not None}
 
 
+def adapts(name: str) -> bool:
+    """Whether a preset puts adapters into a model, and so makes it larger."""
+    text = (resources.files("lrc_specs") / f"{name}.yaml").read_text(encoding="utf-8")
+    return bool(yaml.safe_load(text)["passes"][0]["type"] == "adapt")
+
+
+COMPRESSING = [name for name in preset_names() if not adapts(name)]
+ADAPTING = [name for name in preset_names() if adapts(name)]
+
+
 def spec_of(name: str, data: Path) -> Path:
     """A spec that builds on a preset: the preset's name and data, and ranks that a tiny layer can have."""
     path = Path("spec.yaml")
@@ -68,9 +80,22 @@ def spec_of(name: str, data: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", ADAPTING)
+def test_a_preset_adapts_a_tiny_model(name: str, llama: Path, data: Path) -> None:
+    model = captured(llama).clone()
+    done = compile_to_folder(model, spec_of(name, data), output="out")
+    done.raise_on_failure()
+    plan = done.record.plan
+    adapted = [decision for decision in plan.decisions if decision.keep is None]
+    assert adapted
+    assert {decision.type for decision in adapted} == {"adapt"}
+    assert all(row["ok"] for row in done.record.parity)
+    assert plan.parameters[0] < plan.parameters[1] < 2 * plan.parameters[0]
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
 def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, nonnegative_llama: Path, data: Path) -> None:
-    absent = needs_of(name) - SOLVER_NAMES
+    absent = needs_of(name) - SOLVER_NAMES - SPLITTER_NAMES
     if absent:
         pytest.skip(f"skipped: the solver {', '.join(sorted(absent))} is not there yet")
     model = captured(bert if "onnx" in name else nonnegative_llama if name == "nmf" else llama)
@@ -78,20 +103,21 @@ def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, nonn
     done = compile_to_folder(model.clone(), spec_of(name, data), overrides=overrides, output="out")
     done.raise_on_failure()
     plan = done.record.plan
-    assert any(decision.rank is not None for decision in plan.decisions)
-    assert plan.parameters[1] < plan.parameters[0]
+    assert any(decision.keep is None for decision in plan.decisions)
+    packed = any("Quantized" in decision.after.text for decision in plan.decisions)  # as many numbers, in fewer bytes
+    assert packed or plan.parameters[1] < plan.parameters[0]
     assert plan.bytes[1] < plan.bytes[0]
     assert all(row["ok"] for row in done.record.parity)
-    assert not any(d.rank for d in plan.decisions if d.name == "lm_head")
+    assert not any(d.rank for d in plan.decisions if d.type == "factorize" and d.name == "lm_head")
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model.origin.model, lrc.load("out")))
-    assert before - after == plan.parameters[0] - plan.parameters[1]
+    assert packed or before - after == plan.parameters[0] - plan.parameters[1]
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_says_what_it_is_and_is_complete(name: str) -> None:
     text = (resources.files("lrc_specs") / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# ")
-    if needs_of(name) - set(SOLVERS.names()):
+    if needs_of(name) - set(SOLVERS.names()) - set(SPLITTERS.names()):
         pytest.skip("skipped: its solver is not there yet")
     document, file = load_document(f"preset:{name}")
     assert file is None
@@ -101,7 +127,7 @@ def test_a_preset_says_what_it_is_and_is_complete(name: str) -> None:
 
 def test_there_is_a_preset_for_every_solver() -> None:
     named: set[Any] = set().union(*(needs_of(name) for name in preset_names()))
-    assert named >= SOLVER_NAMES
+    assert named >= SOLVER_NAMES | SPLITTER_NAMES
 
 
 def test_what_a_spec_says_itself_wins_over_its_preset() -> None:

@@ -16,7 +16,8 @@ R = TypeVar("R")
 class ExportOptions(SpecModel):
     """Options of an export.
 
-    opens: `module:callable` that takes the artifact's path and returns a runner; it is imported in a fresh process.
+    opens: `module:callable` that takes the artifact's path and returns a runner; it is imported in a fresh process. Empty for
+    an artifact that is no model by itself (an adapter), which its exporter checks.
     artifact: the file that is opened, from the output folder.
     """
 

@@ -92,11 +92,12 @@ class CachedDecoder(nn.Module):
 def wants_cache(program: Program, asked: bool | None) -> bool:
     """Say whether a program is exported with its cache: as asked, or where it is a causal model of transformers.
 
-    Raises UsageError, before any work, for a model whose cache cannot be exported.
+    A program with modules that have no place in that model is not. Raises UsageError, before any work, for a model whose cache
+    cannot be exported.
     """
     model = program.origin.model
     if asked is None:
-        asked = program.task == "text-generation" and hasattr(model, "config")
+        asked = program.task == "text-generation" and hasattr(model, "config") and not program.inserted
     if asked:
         check_cache(model)
     return asked

@@ -2,17 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
+from lrc.maps import Conv, Dense, Lookup
 from lrc.program import Program
 from lrc.program.checks import need_transformers
-from lrc.program.graft import graft, joint_modules, share
+from lrc.program.graft import graft, share, shared_factors
 from lrc.program.huggingface import Quiet, load_folder
 
 SKIPPED = {"config.json", "README.md", "generation_config.json", "data_config.json"}
@@ -41,18 +44,51 @@ def export_hf(program: Program, folder: Path, options: HfExport) -> Written:
             message="only transformers models have a Hugging Face folder",
             hint="Export `format: pt2` instead",
         )
-    notes = separate_shared_maps(program, model)
+    stock = put_stock_modules(program, model)
+    notes = [] if stock else [*separate_shared_maps(program, model), *give_own_memory(program, model)]
     with Quiet(need_transformers()):
         model.save_pretrained(folder)
-    write_config(program, folder / "config.json")
+    write_config(program, folder / "config.json", stock=stock)
     if program.origin.folder is not None:
         copy_sidecars(Path(program.origin.folder), folder)
     return Written("config.json", tuple(notes))
 
 
-def write_config(program: Program, path: Path) -> None:
-    """Rewrite a saved config so that it names our model type and the map at every rewritten site."""
+def put_stock_modules(program: Program, model: nn.Module) -> bool:
+    """Put the model's own kind of module back at every site, with the map's weight, where all maps are one weight each.
+
+    Returns whether that was so: then the folder is a stock one. What was merged needs nothing of ours to load.
+    """
+    source = program.origin.model
+    if source is None or "lrc" in getattr(model.config, "to_dict", dict)():  # type: ignore[operator]  # of a config
+        return False
+    made: dict[str, nn.Module] = {}
+    for fqn in program.maps:
+        site = program.sites[fqn]
+        for name, held in program.placed(fqn).items():
+            old: Any = source.get_submodule(name)
+            if not isinstance(held, Dense | Conv | Lookup) or (held.bias is None) != (getattr(old, "bias", None) is None):
+                return False
+            weight = held.weight.T.contiguous() if site.transposed else held.weight
+            if weight.shape != old.weight.shape:
+                return False
+            new = share(old)
+            new.weight = nn.Parameter(weight.detach())
+            if held.bias is not None:
+                new.bias = nn.Parameter(held.bias.detach())
+            made[name] = new.train(old.training)
+    for name, module in made.items():
+        model.set_submodule(name, module)
+    return True
+
+
+def write_config(program: Program, path: Path, *, stock: bool = False) -> None:
+    """Rewrite a saved config so that it names our model type and the map at every rewritten site; not of a stock model."""
     config = json.loads(path.read_text(encoding="utf-8"))
+    if stock:
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        return
     base = str(config.get("model_type", ""))
     kept = config.pop("lrc", None)
     if not base.startswith("lrc_") and program.maps:
@@ -60,11 +96,12 @@ def write_config(program: Program, path: Path) -> None:
     sites = dict(kept["sites"]) if isinstance(kept, Mapping) else {}
     for fqn in program.maps:
         sites |= {module: made.structure() for module, made in program.placed(fqn).items()}
+    sites |= {fqn: module.structure() for fqn, module in program.modules.items()}  # type: ignore[operator]  # as all of ours
     if sites:
         config["lrc"] = {"format": 1, "task": program.task, "sites": sites}
-        ties = [list(names) for names in joint_modules(program)] or (kept or {}).get("ties")
-        if ties:
-            config["lrc"]["ties"] = ties
+        shared = (dict(kept.get("shared", {})) if isinstance(kept, Mapping) else {}) | shared_factors(program)
+        if shared:
+            config["lrc"]["shared"] = shared
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -83,12 +120,37 @@ def separate_shared_maps(program: Program, model: nn.Module) -> list[str]:
     return notes
 
 
-def _copied(module: nn.Module) -> nn.Module:
+def give_own_memory(program: Program, model: nn.Module) -> list[str]:
+    """Give every map its own copy of a tensor that shares memory with anything else in the model: files know no such sharing.
+
+    So the base under the adapter of a tied embedding, the rule that all sites of `compacter` share, VeRA's projections.
+    """
+    stored = shared_factors(program)
+    known = {*stored, *stored.values()}  # transformers stores these once
+    holders = Counter(p.untyped_storage().data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
+    copies = 0
+    for place in (place for fqn in program.maps for place in program.placed(fqn)):
+        module = model.get_submodule(place)
+        shared = [
+            name
+            for name, p in module.named_parameters(remove_duplicate=False)
+            if f"{place}.{name}" not in known and (holders[p.untyped_storage().data_ptr()] > 1 or not p.is_contiguous())
+        ]
+        if shared:
+            model.set_submodule(place, _copied(module, shared))
+            copies += len(shared)
+    return [f"maps share memory with one another or the model; the folder holds {copies} copies of it"] if copies else []
+
+
+def _copied(module: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
+    """Return a module with copies of its parameters, or of those that are named."""
     twin = share(module)
-    for name, tensor in list(twin.named_parameters()):
-        owner, _, last = name.rpartition(".")
-        parent = twin.get_submodule(owner) if owner else twin
-        setattr(parent, last, nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad))
+    for name, tensor in list(twin.named_parameters(remove_duplicate=names is None)):
+        if names is None or name in names:
+            owner, _, last = name.rpartition(".")
+            parent = twin.get_submodule(owner) if owner else twin
+            copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+            setattr(parent, last, nn.Parameter(copy, requires_grad=tensor.requires_grad))
     return twin
 
 
@@ -121,8 +183,6 @@ class ModelRunner:
 
     def __call__(self, **inputs: Any) -> dict[str, Tensor]:
         """Run without gradients; caches and other values that are no tensors are left out."""
-        import torch
-
         with torch.no_grad():
             return named_tensors(self.model(**inputs))
 

@@ -2,21 +2,39 @@
 
 from lrc.maps.bag import Bag
 from lrc.maps.base import Affine, Cost, LinearMap, Structure
+from lrc.maps.blocks import Blocks
+from lrc.maps.bottleneck import ACTIVATIONS, Bottleneck
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain, Geometry
+from lrc.maps.dropout import Dropout
+from lrc.maps.fold import fold
+from lrc.maps.gate import Gate
+from lrc.maps.kronecker import Kronecker
 from lrc.maps.layouts import Bags, Indices, JointRows, Layout, Patches, Rows, planned
-from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen
+from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen, frozen_base
 from lrc.maps.lookup import Lookup
+from lrc.maps.low_rank import Factors, low_rank
+from lrc.maps.norms import RmsNorm
 from lrc.maps.permute import permute_inputs, permute_outputs
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.places import Pick, Spread, pick_of, spread_of, without_pick, without_spread
+from lrc.maps.quantized import Quantized
+from lrc.maps.row_norm import RowNorm
 from lrc.maps.shared import SharedLookup, looked_up
-from lrc.maps.simplify import Folded, fold, simplify
-from lrc.maps.structure import pivoted_structure, restore
+from lrc.maps.simplify import Folded, rebuilt, simplify
+from lrc.maps.small import Identity, OutputMask
+from lrc.maps.sparse import Sparse
+from lrc.maps.structure import pivoted_structure, restore, restore_module
+from lrc.maps.triangular import Triangular
+from lrc.maps.tucker import Tucker
 
 __all__ = [
+    "ACTIVATIONS",
     "Affine",
     "Bag",
     "Bags",
+    "Blocks",
+    "Bottleneck",
     "Chain",
     "Composite",
     "Conv",
@@ -24,28 +42,50 @@ __all__ = [
     "Cost",
     "Dense",
     "Diagonal",
+    "Dropout",
+    "Factors",
     "Folded",
+    "Gate",
     "Geometry",
+    "Identity",
     "Indices",
     "JointRows",
+    "Kronecker",
     "Layout",
     "LinearMap",
     "Lookup",
+    "OutputMask",
     "Patches",
     "Permutation",
+    "Pick",
     "Pivoted",
+    "Quantized",
+    "RmsNorm",
+    "RowNorm",
     "Rows",
     "Scale",
     "SharedLookup",
+    "Sparse",
+    "Spread",
     "Structure",
     "Sum",
+    "Triangular",
+    "Tucker",
     "fold",
     "frozen",
+    "frozen_base",
     "looked_up",
+    "low_rank",
     "permute_inputs",
     "permute_outputs",
+    "pick_of",
     "pivoted_structure",
     "planned",
+    "rebuilt",
     "restore",
+    "restore_module",
     "simplify",
+    "spread_of",
+    "without_pick",
+    "without_spread",
 ]

@@ -59,6 +59,10 @@ class LinearMap(nn.Module):
         weight, bias = self.exact()
         return Affine(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
+    def matrix(self) -> Tensor:
+        """Return the weight of `exact()` in the map's dtype and as a part of the autograd graph."""
+        raise TypeError(f"{type(self).__name__} has no dense form with a gradient")
+
     def cost(self, tokens: int = 1) -> Cost:
         """Return what the map stores, and its FLOPs for `tokens` rows (a multiply-add counts 2, an added bias 1)."""
         raise TypeError(f"{type(self).__name__} does not say what it costs")
@@ -72,10 +76,37 @@ class LinearMap(nn.Module):
         """Return a map of this structure with uninitialised numbers, on the current device and in the current dtype."""
         raise TypeError(f"{cls.__name__} does not say how it is stored")
 
+    def obstacle(self) -> str | None:
+        """Return why the map stands for no weight and bias, or None."""
+        return f"{type(self).__name__} has no dense form" if type(self).exact is LinearMap.exact else None
+
+    @property
+    def spatial(self) -> int:
+        """How many dimensions come after the features in what the map takes and gives: 0 for rows, 2 for images."""
+        return 0
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the map's floating numbers."""
         return next(t.dtype for t in self.parameters() if t.is_floating_point())
+
+    @property
+    def packed_numbers(self) -> int:
+        """How many numbers the map itself stores in another way than as floating tensors, fewer the tensors of their scales."""
+        return 0
+
+    def along_features(self, vector: Tensor) -> Tensor:
+        """Return a vector (out_features,) in a shape that meets the features of an output."""
+        return over(vector, self.spatial)
+
+    def plus(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """Return an output of the map with `bias` (out_features,) added."""
+        return y if bias is None else y + self.along_features(bias)
+
+    def added(self, x: Tensor, bias: Tensor | None, spatial: int, context: Mapping[str, Any]) -> Tensor:
+        """Apply the map and add `bias` besides; with rounding once, where the map can."""
+        y: Tensor = self(x, **context)
+        return y if bias is None else y + over(bias, spatial)
 
     def set_bias(self, bias: Tensor | None) -> None:
         """Make `bias` (out_features,), or none, what is added last."""
@@ -104,8 +135,13 @@ class InParts(LinearMap):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, multiplied out anew: for code that asks a linear layer for its `weight` (T5 asks for its dtype)."""
-        return self.dense().weight
+        """The dense weight, multiplied out anew: for code that asks a linear layer for its `weight` (T5 asks for its dtype).
+
+        A map that stands for no weight gives its shape and dtype alone, on the meta device.
+        """
+        if self.obstacle() is None:
+            return self.dense().weight
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
 
 Slot = nn.Parameter | LinearMap
@@ -130,12 +166,29 @@ def slot_shape(slot: Slot) -> tuple[int, int]:
     return slot.shape[0], slot.shape[1]
 
 
-def apply_slot(slot: Slot, x: Tensor, bias: Tensor | None, context: Mapping[str, Any], *inputs: Any) -> Tensor:
-    """Apply a slot to (..., in_features), and to what a map takes beside, and add `bias`."""
+def apply_slot(
+    slot: Slot, x: Tensor, bias: Tensor | None, context: Mapping[str, Any], spatial: int = 0, inputs: tuple[Any, ...] = ()
+) -> Tensor:
+    """Apply a slot to what has its features before `spatial` more dimensions, and add `bias`.
+
+    inputs: what a map takes beside x.
+    """
     if not isinstance(slot, LinearMap):
         return F.linear(x, slot, bias)
+    if not inputs:
+        return slot.added(x, bias, spatial, context)
     y: Tensor = slot(x, *inputs, **context)
-    return y if bias is None else y + bias
+    return y if bias is None else y + over(bias, spatial)
+
+
+def over(vector: Tensor, spatial: int) -> Tensor:
+    """Return a vector of features as it meets values that have `spatial` more dimensions after their features."""
+    return vector.reshape(-1, *(1,) * spatial) if spatial else vector
+
+
+def slot_weight(slot: Slot) -> Tensor:
+    """Return the matrix that a slot stands for, in its own dtype and with its gradient."""
+    return slot.matrix() if isinstance(slot, LinearMap) else slot
 
 
 def slot_exact(slot: Slot) -> Affine:

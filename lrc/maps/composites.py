@@ -22,6 +22,7 @@ from lrc.maps.base import (
     slot_exact,
     slot_shape,
     slot_structure,
+    slot_weight,
 )
 
 
@@ -46,6 +47,21 @@ class Composite(InParts):
         """The dtype of the parts' numbers; of what they stand for where none of them stores any."""
         stored = (t.dtype for t in self.parameters() if t.is_floating_point())
         return next(stored, None) or self.slots[0].dtype
+
+    @property
+    def spatial(self) -> int:
+        """The spatial dimensions of the parts; those that act on every number alone know of none."""
+        return max(slot.spatial if isinstance(slot, LinearMap) else 0 for slot in self.slots)
+
+    def obstacle(self) -> str | None:
+        """Return why one of the parts stands for no weight, or None."""
+        found = (slot.obstacle() for slot in self.slots if isinstance(slot, LinearMap))
+        return next((reason for reason in found if reason is not None), None)
+
+    def exact_parts(self) -> list[Affine]:
+        """Return what the parts stand for, in float64, on one device: a part without numbers does not know where it is."""
+        device = next((t.device for t in self.parameters()), None)
+        return [Affine(weight.to(device), bias) for weight, bias in map(slot_exact, self.slots)]
 
     def cost(self, tokens: int = 1) -> Cost:
         """Return the sum over the parts."""
@@ -92,19 +108,26 @@ class Chain(Composite):
         """Apply to (..., in_features). inputs: what the map that is applied first takes beside x (the offsets of bags)."""
         first, *rest = self.slots
         for slot in reversed(rest):
-            x, inputs = apply_slot(slot, x, None, context, *inputs), ()
-        return apply_slot(first, x, self.bias, context, *inputs)
+            x, inputs = apply_slot(slot, x, None, context, inputs=inputs), ()
+        return apply_slot(first, x, self.bias, context, self.spatial, inputs)
 
     def exact(self) -> Affine:
         """Return the product and the bias in float64."""
-        weight, bias = slot_exact(self.slots[-1])
-        for slot in reversed(self.slots[:-1]):
-            left, own = slot_exact(slot)
+        *others, (weight, bias) = self.exact_parts()
+        for left, own in reversed(others):
             weight, bias = left @ weight, add(None if bias is None else left @ bias, own)
         return Affine(weight, add(bias, exact_bias(self.bias)))
 
+    def matrix(self) -> Tensor:
+        """Return the product."""
+        weight = slot_weight(self.slots[-1])
+        for slot in reversed(self.slots[:-1]):
+            weight = slot_weight(slot) @ weight
+        return weight
+
     def __repr__(self) -> str:
-        if any(isinstance(slot, LinearMap) for slot in self.slots):
+        trained = {isinstance(slot, LinearMap) or slot.requires_grad for slot in self.slots}
+        if len(trained) > 1 or any(isinstance(slot, LinearMap) for slot in self.slots):
             return f"Chain({', '.join(_text(slot) for slot in self.slots)})"
         sizes = [slot_shape(slot)[0] for slot in self.slots] + [self.in_features]
         return f"Chain[{','.join(map(str, sizes))}]{self.mark()}"
@@ -127,18 +150,22 @@ class Sum(Composite):
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
         first, *rest = self.slots
-        y = apply_slot(first, x, self.bias, context)
+        y = apply_slot(first, x, self.bias, context, self.spatial)
         for slot in rest:
             y = y + apply_slot(slot, x, None, context)
         return y
 
     def exact(self) -> Affine:
         """Return the sum and the bias in float64."""
-        weight, bias = slot_exact(self.slots[0])
-        for slot in self.slots[1:]:
-            more, own = slot_exact(slot)
+        (weight, bias), *others = self.exact_parts()
+        for more, own in others:
             weight, bias = weight + more, add(bias, own)
         return Affine(weight, add(bias, exact_bias(self.bias)))
+
+    def matrix(self) -> Tensor:
+        """Return the sum."""
+        first, *rest = self.slots
+        return sum((slot_weight(slot) for slot in rest), slot_weight(first))
 
     def __repr__(self) -> str:
         return f"Sum({', '.join(_text(slot) for slot in self.slots)})"
@@ -164,8 +191,11 @@ class Scale(Composite):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
-        y = self.scale * apply_slot(self.slots[0], x, None, context)
-        return y if self.bias is None else y + self.bias
+        return self.plus(self.scale * apply_slot(self.slots[0], x, None, context), self.bias)
+
+    def matrix(self) -> Tensor:
+        """Return the scaled weight."""
+        return self.scale * slot_weight(self.slots[0])
 
     def exact(self) -> Affine:
         """Return the scaled weight and the bias in float64."""

@@ -5,7 +5,7 @@ So it is a `LinearMap` whose `in_features` is the size of a patch; `forward` tak
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -65,13 +65,26 @@ class Conv(LinearMap):
         self.out_features, self.in_features = weight.shape[0], math.prod(weight.shape[1:])
         self.set_bias(bias)
 
+    @property
+    def spatial(self) -> int:
+        """The dimensions of the kernel."""
+        return len(self.geometry.stride)
+
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (batch, channels, *sizes)."""
         return self.geometry(x, self.weight, self.bias)
 
+    def added(self, x: Tensor, bias: Tensor | None, spatial: int, context: Mapping[str, Any]) -> Tensor:
+        """Apply the convolution with `bias` for its own, where it has none."""
+        return self.geometry(x, self.weight, bias) if self.bias is None else super().added(x, bias, spatial, context)
+
     def exact(self) -> Affine:
         """Return the matrix of patches (out_channels, patch) and the bias in float64."""
         return Affine(self.weight.detach().double().flatten(1), exact_bias(self.bias))
+
+    def matrix(self) -> Tensor:
+        """Return the matrix of patches."""
+        return self.weight.flatten(1)
 
     def cost(self, tokens: int = 1) -> Cost:
         """Return the kernel's numbers, and 2 FLOPs for each of them at every one of `tokens` output positions."""
@@ -81,7 +94,7 @@ class Conv(LinearMap):
     def structure(self) -> Structure:
         """Return the sizes and the geometry."""
         shape = list(self.weight.shape)
-        return {"map": self.word, "shape": shape, "geometry": _plain(self.geometry), "bias": self.bias is not None}
+        return {"map": self.word, "shape": shape, "geometry": plain(self.geometry), "bias": self.bias is not None}
 
     @classmethod
     def restored(cls, structure: Structure) -> "Conv":
@@ -120,6 +133,11 @@ class ConvChain(InParts):
         return tuple(getattr(self, name) for name in self.names)
 
     @property
+    def spatial(self) -> int:
+        """The dimensions of the kernels."""
+        return len(self.geometries[0].stride)
+
+    @property
     def weight(self) -> Tensor:
         """The one kernel that the chain stands for, (out_channels, in_channels, *kernel)."""
         return self._composed().to(self.dtype)
@@ -134,6 +152,10 @@ class ConvChain(InParts):
     def exact(self) -> Affine:
         """Return the matrix of patches (out_channels, patch) and the bias in float64."""
         return Affine(self._composed().flatten(1), exact_bias(self.bias))
+
+    def matrix(self) -> Tensor:
+        """Return the matrix of patches, (out_channels, patch)."""
+        return composed(self.kernels).flatten(1)
 
     def folded(self) -> Conv:
         """Return the one convolution that the chain stands for."""
@@ -158,7 +180,7 @@ class ConvChain(InParts):
         """Return the sizes and the geometries."""
         return {
             "map": self.word, "shapes": [list(kernel.shape) for kernel in self.kernels],
-            "geometries": [_plain(geometry) for geometry in self.geometries], "bias": self.bias is not None,
+            "geometries": [plain(geometry) for geometry in self.geometries], "bias": self.bias is not None,
         }  # fmt: skip
 
     @classmethod
@@ -169,14 +191,18 @@ class ConvChain(InParts):
         return cls(kernels, [Geometry.restored(data) for data in structure["geometries"]], bias)
 
     def _composed(self) -> Tensor:
-        """Return the product of the kernels in float64: channels contracted, spatial sizes side by side."""
-        composed = self.kernels[-1].detach().double()
-        for kernel in reversed(self.kernels[:-1]):
-            composed = _after(kernel.detach().double(), composed)
-        return composed
+        return composed([kernel.detach().double() for kernel in self.kernels])
 
     def __repr__(self) -> str:
         return f"ConvChain({', '.join(_sizes(kernel) for kernel in self.kernels)}){self.mark()}"
+
+
+def composed(kernels: Sequence[Tensor]) -> Tensor:
+    """Return the product of kernels, first the one that is applied last: channels contracted, spatial sizes side by side."""
+    product = kernels[-1]
+    for kernel in reversed(kernels[:-1]):
+        product = _after(kernel, product)
+    return product
 
 
 def _after(left: Tensor, right: Tensor) -> Tensor:
@@ -189,7 +215,8 @@ def _after(left: Tensor, right: Tensor) -> Tensor:
     return product.permute(0, 1, *order).reshape(left.shape[0], right.shape[1], *shape)
 
 
-def _plain(geometry: Geometry) -> dict[str, Any]:
+def plain(geometry: Geometry) -> dict[str, Any]:
+    """Return a geometry as plain data, which `Geometry.restored` reads."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(geometry).items()}
 
 

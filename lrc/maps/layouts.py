@@ -39,6 +39,12 @@ class Layout(Protocol):
     def original(self, stored: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the tensor as a map; it shares its memory."""
 
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return the map of one matrix (out_features, in_features)."""
+
+    def pointwise(self, weight: Tensor, bias: Tensor | None = None) -> LinearMap:
+        """Return the map of a matrix that is applied after the site, to the features that it gives."""
+
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return the map of B @ A, B (out_features, rank), A (rank, in_features)."""
 
@@ -47,6 +53,10 @@ class Layout(Protocol):
 
     def outputs(self, value: Tensor) -> Tensor:
         """Return what a site gives as rows, (..., out_features)."""
+
+    @property
+    def spatial(self) -> int:
+        """How many dimensions come after the features of what a site gives."""
 
     def obstacle(self) -> str | None:
         """Return why no product of two factors stands for such a tensor, or None."""
@@ -70,6 +80,14 @@ class Rows:
         """Return a dense map."""
         return Dense(stored.T if self.transposed else stored, bias)
 
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return a dense map."""
+        return Dense(weight, bias)
+
+    def pointwise(self, weight: Tensor, bias: Tensor | None = None) -> LinearMap:
+        """Return a dense map."""
+        return Dense(weight, bias)
+
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return a chain of two matrices."""
         return Chain(B, A, bias=bias)
@@ -81,6 +99,11 @@ class Rows:
     def outputs(self, value: Tensor) -> Tensor:
         """Return the value itself."""
         return value
+
+    @property
+    def spatial(self) -> int:
+        """None."""
+        return 0
 
     def obstacle(self) -> str | None:
         """Return None: there always is one."""
@@ -112,6 +135,15 @@ class Patches:
         """Return one convolution."""
         return Conv(stored, self.geometry, bias)
 
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return one convolution."""
+        return Conv(weight.reshape(weight.shape[0], -1, *self.kernel), self.geometry, bias)
+
+    def pointwise(self, weight: Tensor, bias: Tensor | None = None) -> LinearMap:
+        """Return a convolution of size 1 x 1."""
+        dims = len(self.kernel)
+        return Conv(weight.reshape(*weight.shape, *(1,) * dims), Geometry.unit(dims), bias)
+
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return a convolution to `rank` channels with the whole kernel, and one of 1 x 1 after it."""
         dims, rank = len(self.kernel), A.shape[0]
@@ -133,6 +165,11 @@ class Patches:
     def outputs(self, value: Tensor) -> Tensor:
         """Return (batch, channels, *sizes) with the channels last."""
         return value.movedim(1, -1)
+
+    @property
+    def spatial(self) -> int:
+        """Those of the kernel."""
+        return len(self.kernel)
 
     def obstacle(self) -> str | None:
         """Return the groups, where there are several."""
@@ -157,6 +194,14 @@ class Indices:
         """Return the table as a map."""
         return Lookup(stored, self.padding_index, bias)
 
+    def dense(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        """Return a table."""
+        return Lookup(weight.T.contiguous(), self.padding_index, bias)
+
+    def pointwise(self, weight: Tensor, bias: Tensor | None = None) -> LinearMap:
+        """Return a dense map."""
+        return Dense(weight, bias)
+
     def product(self, B: Tensor, A: Tensor, bias: Tensor | None) -> LinearMap:
         """Return a table of `rank` columns and a matrix after it."""
         return Chain(B, Lookup(A.T.contiguous(), self.padding_index), bias=bias)
@@ -168,6 +213,11 @@ class Indices:
     def outputs(self, value: Tensor) -> Tensor:
         """Return the value itself."""
         return value
+
+    @property
+    def spatial(self) -> int:
+        """None."""
+        return 0
 
     def obstacle(self) -> str | None:
         """Return None: there always is one."""

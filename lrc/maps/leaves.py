@@ -1,12 +1,13 @@
 """The maps that hold numbers and no other map: `Dense`, `Diagonal`, `Permutation`."""
 
+import copy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrc.maps.base import Affine, Cost, LinearMap, Structure, as_parameter, exact_bias
+from lrc.maps.base import Affine, Cost, LinearMap, Structure, as_parameter, exact_bias, over
 
 
 class Dense(LinearMap):
@@ -27,6 +28,10 @@ class Dense(LinearMap):
     def exact(self) -> Affine:
         """Return the weight and the bias in float64."""
         return Affine(self.weight.detach().double(), exact_bias(self.bias))
+
+    def matrix(self) -> Tensor:
+        """Return the weight."""
+        return self.weight
 
     def dense(self) -> Affine:
         """Return the weight and the bias themselves."""
@@ -52,24 +57,38 @@ class Dense(LinearMap):
 
 
 class Diagonal(LinearMap):
-    """y = diagonal * x + bias, diagonal (features,)."""
+    """y = diagonal * x + bias, diagonal (features,). spatial: dimensions after the features, 0 for rows, 2 for images."""
 
     word: ClassVar[str] = "diagonal"
 
-    def __init__(self, diagonal: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, diagonal: Tensor, bias: Tensor | None = None, spatial: int = 0) -> None:
         super().__init__()
         self.diagonal = as_parameter(diagonal)
         self.out_features = self.in_features = diagonal.shape[0]
+        self.dims = spatial
         self.set_bias(bias)
 
+    @property
+    def spatial(self) -> int:
+        """The dimensions after the features."""
+        return self.dims
+
+    def entries(self, x: Tensor) -> Tensor:
+        """Return the diagonal as it multiplies x."""
+        return self.diagonal
+
     def forward(self, x: Tensor, **context: Any) -> Tensor:
-        """Apply to (..., features)."""
-        y = x * self.diagonal
-        return y if self.bias is None else y + self.bias
+        """Apply to (..., features, *sizes)."""
+        y = x * over(self.entries(x), self.dims)
+        return y if self.bias is None else y + over(self.bias, self.dims)
 
     def exact(self) -> Affine:
         """Return the diagonal matrix and the bias in float64."""
         return Affine(torch.diag(self.diagonal.detach().double()), exact_bias(self.bias))
+
+    def matrix(self) -> Tensor:
+        """Return the diagonal matrix."""
+        return torch.diag(self.diagonal)
 
     def cost(self, tokens: int = 1) -> Cost:
         """Return n numbers and n FLOPs a token."""
@@ -78,16 +97,16 @@ class Diagonal(LinearMap):
 
     def structure(self) -> Structure:
         """Return the size."""
-        return {"map": self.word, "size": self.in_features, "bias": self.bias is not None}
+        return {"map": self.word, "size": self.in_features, "spatial": self.dims, "bias": self.bias is not None}
 
     @classmethod
     def restored(cls, structure: Structure) -> "Diagonal":
         """Return an uninitialised map."""
         size = structure["size"]
-        return cls(torch.empty(size), torch.empty(size) if structure["bias"] else None)
+        return cls(torch.empty(size), torch.empty(size) if structure["bias"] else None, int(structure.get("spatial", 0)))
 
     def __repr__(self) -> str:
-        return f"Diagonal[{self.in_features}]{self.mark()}"
+        return f"{type(self).__name__}[{self.in_features}]{self.mark()}"
 
 
 class Permutation(LinearMap):
@@ -145,3 +164,12 @@ class Permutation(LinearMap):
 def frozen(made: nn.Module) -> nn.Module:
     """Return the map with every parameter marked as not trained."""
     return made.requires_grad_(False)
+
+
+def frozen_base(made: LinearMap) -> LinearMap:
+    """Return the map without its bias and with nothing trained; it shares the memory of `made`, which stays as it is."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in made.parameters()}
+    memo |= {id(b): b for b in made.buffers()}  # type: ignore[misc]  # tensors both
+    twin: LinearMap = copy.deepcopy(made, memo)
+    twin.set_bias(None)
+    return twin

@@ -42,6 +42,10 @@ class Lookup(LinearMap):
         """Return the transposed table and the bias in float64."""
         return Affine(self.table.detach().double().T, exact_bias(self.bias))
 
+    def matrix(self) -> Tensor:
+        """Return the transposed table."""
+        return self.table.T
+
     def cost(self, tokens: int = 1) -> Cost:
         """Return the table's numbers; reading a row takes no FLOPs."""
         size = self.table.numel()

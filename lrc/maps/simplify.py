@@ -4,15 +4,19 @@ Every rule returns an equal map that needs no more numbers and no more FLOPs, an
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from lrc.maps.base import Affine, Cost, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
+from lrc.maps.base import Affine, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
+from lrc.maps.bottleneck import Bottleneck
 from lrc.maps.composites import Chain, Composite, Scale, Sum
-from lrc.maps.conv import Conv, ConvChain
-from lrc.maps.leaves import Dense, Diagonal, Permutation
-from lrc.maps.lookup import Lookup, lookup_of
+from lrc.maps.conv import ConvChain
+from lrc.maps.drop import drop_closed_gates, drop_empty_terms, drop_identity, holds_numbers, inner_bias, join_blocks
+from lrc.maps.fold import alike, fold, pointwise
+from lrc.maps.leaves import Dense
+from lrc.maps.pivoted import Pivoted
+from lrc.maps.row_norm import RowNorm
 
 
 class Folded(NamedTuple):
@@ -25,21 +29,11 @@ class Folded(NamedTuple):
 Rule = Callable[[LinearMap], LinearMap | None]
 
 
-def fold(made: LinearMap) -> LinearMap:
-    """Return the one dense map, convolution or table that `made` stands for. Raises TypeError where it stands for none."""
-    if isinstance(made, Dense | Conv | Lookup):
-        return made
-    if isinstance(made, ConvChain):
-        return made.folded()
-    weight, bias = made.dense()
-    lookup = lookup_of(made)
-    if lookup is not None:
-        return lookup.over(weight.T.contiguous(), bias)
-    return Dense(weight, bias)
-
-
 def simplify(made: LinearMap) -> Folded:
     """Return the smallest equal map that the rules reach. A map that no rule fits comes back as the same object."""
+    whole = fold_adapters(made)
+    if whole is not None:
+        return Folded(whole, (f"fold adapters: {made!r} -> {whole!r}",))
     notes: list[str] = []
     while True:
         made, inside = simplify_parts(made)
@@ -67,7 +61,27 @@ def rebuilt(made: Composite, parts: list[Slot]) -> LinearMap:
     """Return the same composite over other parts."""
     if isinstance(made, Scale):
         return Scale(parts[0], made.scale, made.bias, made.names)
+    if isinstance(made, Bottleneck):
+        return Bottleneck(parts[0], parts[1], made.activation, made.bias, made.names)
+    if isinstance(made, RowNorm):
+        return RowNorm(parts[0], made.magnitude, made.bias, made.names)
     return type(made)(*parts, bias=made.bias, names=made.names)
+
+
+def fold_adapters(made: LinearMap) -> LinearMap | None:
+    """Sum(Dense, Scale(Chain)) and the like -> Dense: the whole at once, rounded once, where a part is as large as the whole.
+
+    So for convolutions and embeddings, inside a `RowNorm`, and for branches after a dense weight.
+    """
+    if not isinstance(made, Sum | RowNorm) or made.obstacle() is not None:
+        return None
+    if len(made.slots) < 2 and not isinstance(made, RowNorm):
+        return None
+    if max((p.numel() for p in made.parameters()), default=0) < made.out_features * made.in_features:
+        return None
+    whole = fold(made)
+    before, after = made.cost(1), whole.cost(1)
+    return whole if after.parameters <= before.parameters and after.flops <= before.flops else None
 
 
 def flatten_nested(made: LinearMap) -> LinearMap | None:
@@ -101,23 +115,26 @@ def absorb_scale(made: LinearMap) -> LinearMap | None:
 
 def _scaled(made: Scale) -> LinearMap | None:
     inner = made.slots[0]
-    if isinstance(inner, Chain) and inner.bias is None and not isinstance(inner.slots[0], LinearMap):
-        outer = (inner.slots[0].detach().double() * made.scale).to(made.dtype)
-        return Chain(outer, *inner.slots[1:], bias=made.bias)
-    if not isinstance(inner, LinearMap) or isinstance(inner, Dense):
-        weight, bias = made.dense()
-        return Dense(weight, bias)
+    if isinstance(inner, Chain) and inner.bias is None:
+        at = next((i for i, slot in enumerate(inner.slots) if holds_numbers(slot)), None)
+        if at is None or any(isinstance(slot, LinearMap) and inner_bias(slot) for slot in inner.slots[: at + 1]):
+            return None
+        slots = [*inner.slots[:at], _times(inner.slots[at], made.scale), *inner.slots[at + 1 :]]
+        return Chain(*slots, bias=made.bias)
+    if isinstance(inner, ConvChain) and inner.bias is None:
+        outer, *others = inner.kernels
+        return ConvChain([_times(outer, made.scale), *others], inner.geometries, made.bias)
+    if holds_numbers(inner):
+        return alike(made, *made.dense())
     return None
 
 
-def drop_identity(made: LinearMap) -> LinearMap | None:
-    """Leave out a permutation in its own order from a chain."""
-    if not isinstance(made, Chain) or len(made.slots) < 2:
-        return None
-    kept = [slot for slot in made.slots if not (isinstance(slot, Permutation) and slot.is_identity())]
-    if len(kept) == len(made.slots):
-        return None
-    return Chain(*(kept or made.slots[:1]), bias=made.bias)
+def _times(slot: Any, scale: float) -> Any:
+    """Return a matrix, a kernel or a table times a constant, in its own dtype."""
+    if isinstance(slot, LinearMap):
+        weight, _ = slot.exact()
+        return alike(slot, (scale * weight).to(slot.dtype), None)
+    return (slot.detach().double() * scale).to(slot.dtype)
 
 
 def join_low_rank_terms(made: LinearMap) -> LinearMap | None:
@@ -143,30 +160,28 @@ def _is_pair(slot: Slot) -> bool:
 
 
 def multiply_out(made: LinearMap) -> LinearMap | None:
-    """Multiply two neighbours of a chain, or add two terms of a sum, where one matrix needs no more than both."""
+    """Multiply two neighbours of a chain, or add two terms of a sum, where one weight needs no more than both."""
     if not isinstance(made, Chain | Sum):
         return None
     slots = made.slots
     for i in range(len(slots) - 1):
-        if not all(_foldable(slot) for slot in slots[i : i + 2]):
+        pair = slots[i : i + 2]
+        if not all(_foldable(slot) for slot in pair) or (isinstance(made, Chain) and not pointwise(pair[0])):
             continue
-        rows, columns = slot_shape(slots[i])[0], slot_shape(slots[i + 1])[1]
-        before = slot_cost(slots[i], 1) + slot_cost(slots[i + 1], 1)
-        if not _no_larger(Cost(rows * columns, 0, 2 * rows * columns), before):
+        before = slot_cost(pair[0], 1) + slot_cost(pair[1], 1)
+        rows, columns = slot_shape(pair[0])[0], slot_shape(pair[1])[1]
+        if rows * columns > before.parameters:
             continue
-        joined = Dense(*_combined(made, slots[i], slots[i + 1]))
-        if not _no_larger(joined.cost(1), before):  # an inner bias has become one of more numbers
+        joined = alike(type(made)(*pair), *_combined(made, *pair))
+        after = joined.cost(1)
+        if after.parameters > before.parameters or after.flops > before.flops:  # an inner bias may have got more numbers
             continue
         return type(made)(*slots[:i], joined, *slots[i + 2 :], bias=made.bias)
     return None
 
 
 def _foldable(slot: Slot) -> bool:
-    return not isinstance(slot, LinearMap) or isinstance(slot, Dense | Diagonal | Permutation | Chain)
-
-
-def _no_larger(after: Cost, before: Cost) -> bool:
-    return after.parameters <= before.parameters and after.flops <= before.flops
+    return not isinstance(slot, LinearMap) or (slot.obstacle() is None and not isinstance(slot, Pivoted))
 
 
 def _combined(made: LinearMap, left: Slot, right: Slot) -> Affine:
@@ -180,10 +195,14 @@ def _combined(made: LinearMap, left: Slot, right: Slot) -> Affine:
 
 
 RULES: tuple[Rule, ...] = (
+    fold_adapters,
     flatten_nested,
     unwrap_single,
     absorb_scale,
     drop_identity,
+    join_blocks,
+    drop_closed_gates,
+    drop_empty_terms,
     join_low_rank_terms,
     multiply_out,
 )

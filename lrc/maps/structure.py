@@ -4,17 +4,34 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from lrc.maps.bag import Bag
 from lrc.maps.base import LinearMap, Structure
+from lrc.maps.blocks import Blocks
+from lrc.maps.bottleneck import Bottleneck
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain
+from lrc.maps.dropout import Dropout
+from lrc.maps.gate import Gate
+from lrc.maps.kronecker import Kronecker
 from lrc.maps.leaves import Dense, Diagonal, Permutation
 from lrc.maps.lookup import Lookup
+from lrc.maps.norms import RmsNorm
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.places import Pick, Spread
+from lrc.maps.quantized import Quantized
+from lrc.maps.row_norm import RowNorm
 from lrc.maps.shared import SharedLookup
+from lrc.maps.small import Identity, OutputMask
+from lrc.maps.sparse import Sparse
+from lrc.maps.triangular import Triangular
+from lrc.maps.tucker import Tucker
 
-KINDS = (Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Bag, SharedLookup)
+KINDS: tuple[type[LinearMap], ...] = (
+    Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, Quantized, Sparse,
+    Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm, SharedLookup,
+)  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 
 
@@ -31,6 +48,11 @@ def restore(structure: Mapping[str, Any]) -> LinearMap:
         return kind.restored(data)
     except (KeyError, TypeError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"not the structure of a map: {structure!r}") from error
+
+
+def restore_module(structure: Mapping[str, Any]) -> nn.Module:
+    """Return a map, or a norm without numbers, of this structure. Raises ValueError for one that neither has written."""
+    return RmsNorm.restored(dict(structure)) if structure.get("map") == RmsNorm.word else restore(structure)
 
 
 def _part(part: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from lrc.measure.cache import Cache, digest
 from lrc.measure.collect import collect
+from lrc.measure.contribution import contributions, site_scores, write_scores
 from lrc.measure.latency import Latency, measure_latency, speedup
 from lrc.measure.lockstep import Lockstep
 from lrc.measure.spectrum import spectrum, stable_rank
@@ -11,9 +12,12 @@ __all__ = [
     "Latency",
     "Lockstep",
     "collect",
+    "contributions",
     "digest",
     "measure_latency",
+    "site_scores",
     "spectrum",
     "speedup",
     "stable_rank",
+    "write_scores",
 ]

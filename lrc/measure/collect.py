@@ -108,7 +108,7 @@ class Walk(fx.Interpreter):
         self.held = {node for tap in every if tap.context for node in (tap.reads, *(node for _, node in tap.context))}
         self.counted = {tap.gives: tap.layout for fqn in program.sites for tap in taps_of(program, fqn)}
         self.tokens = dict.fromkeys(self.counted, 0)
-        self.in_place = any(_is_in_place(node) for node in program.graph_module.graph.nodes)
+        self.in_place = any(is_in_place(node) for node in program.graph_module.graph.nodes)
         self.traced = traced_masks(program)
         self.masks: dict[str, Tensor] = {}
         self.given: dict[fx.Node, Tensor] = {}
@@ -277,7 +277,8 @@ def _added(tensors: Sequence[Tensor]) -> Tensor:
     return sum(tensors[1:], tensors[0])
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def is_in_place(node: fx.Node) -> bool:
+    """Say whether an operation overwrites what it is given."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 

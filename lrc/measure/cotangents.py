@@ -32,17 +32,17 @@ def cotangent(
     output = output.detach()
     if fisher == "outputs" or (fisher == "sampled" and not has_classes(task)):
         sent = torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output)
-        return _without_padding(sent, inputs)
+        return without_padding(sent, inputs)
     if not has_classes(task):
         raise UsageError("solver.fisher", expected="`outputs` or `sampled`: the task has no labels", got=f"`labels` for {task}")
     logits = output.reshape(-1, output.shape[-1])
-    labels = _labels(output, inputs, task) if fisher == "labels" else None
+    labels = labels_of(output, inputs, task) if fisher == "labels" else None
     draws = torch.rand(len(logits), generator=generator, dtype=torch.float64)
     sent = torch.empty_like(logits)
     for start in range(0, len(logits), ROWS):
         part = slice(start, start + ROWS)
         sent[part] = _softmax_gradient(logits[part], None if labels is None else labels[part], draws[part])
-    return _without_padding(sent.reshape(output.shape), inputs)
+    return without_padding(sent.reshape(output.shape), inputs)
 
 
 def _softmax_gradient(logits: Tensor, labels: Tensor | None, draws: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _softmax_gradient(logits: Tensor, labels: Tensor | None, draws: Tensor) -> T
     return sent.mul_(counted[:, None]).to(logits.dtype)
 
 
-def _labels(output: Tensor, inputs: Mapping[str, Tensor], task: str | None) -> Tensor:
+def labels_of(output: Tensor, inputs: Mapping[str, Tensor], task: str | None) -> Tensor:
     """Return one label for every row of the logits, flat; `IGNORED` where there is none."""
     labels = inputs.get("labels")
     if task == "text-generation":
@@ -75,7 +75,7 @@ def _labels(output: Tensor, inputs: Mapping[str, Tensor], task: str | None) -> T
     return labels.reshape(-1)
 
 
-def _without_padding(sent: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+def without_padding(sent: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """Zero the rows of padded positions, where the output has one row a token."""
     mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
     if mask is not None and sent.ndim == 3 and mask.shape == sent.shape[:2]:

@@ -11,7 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lrc.maps import LinearMap, Pivoted, permute_inputs, permute_outputs
+from lrc.maps import (
+    Chain,
+    LinearMap,
+    Pick,
+    Pivoted,
+    Spread,
+    permute_inputs,
+    permute_outputs,
+    pick_of,
+    spread_of,
+    without_pick,
+    without_spread,
+)
 from lrc.program.program import Program
 from lrc.program.sites import Site
 
@@ -29,10 +41,11 @@ SILENT = {aten._assert_tensor_metadata.default}
 
 @dataclass(frozen=True)
 class Region:
-    """The elementwise nodes between the sites that write into it and the sites that read from it."""
+    """The elementwise nodes between the sites that write into it and the sites that read from it; `nodes` holds their names."""
 
     writers: tuple[str, ...]
     readers: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
 
 
 def absorb_permutations(program: Program) -> dict[str, str]:
@@ -53,6 +66,32 @@ def absorb_permutations(program: Program) -> dict[str, str]:
             program.replace(name, new, program.made_by.get(name, ""), settle=False)
         notes[fqn] = f"output order absorbed by {', '.join(region.readers)}"
     program.settle()
+    return notes
+
+
+def absorb_places(program: Program) -> dict[str, str]:
+    """Narrow every region that is written at some places alone, which are all that is read of it. Returns notes, by site.
+
+    Chain(Spread, X) … Chain(Y, Pick) with the same places become X … Y, and what stands between them gets narrower.
+    """
+    single = {site.uses[0].node: site for site in program.sites.values() if len(site.uses) == 1}
+    notes: dict[str, str] = {}
+    for fqn in list(program.maps):
+        written = spread_of(program.maps[fqn])
+        region = find_region(program, program.sites[fqn], single) if written is not None else None
+        if written is None or region is None:
+            continue
+        ends: list[Pick | Spread | None] = [spread_of(program.maps[name]) for name in region.writers]
+        ends += [pick_of(program.maps[name]) for name in region.readers]
+        if any(end is None or not torch.equal(end.places(), written.places()) for end in ends):
+            continue
+        for strip, names in ((without_spread, region.writers), (without_pick, region.readers)):
+            for name in names:
+                made = program.maps[name]
+                assert isinstance(made, Chain), "a place stands in a chain"
+                program.replace(name, strip(made), program.made_by.get(name, ""), settle=False, resize=True)
+        program.narrow(region.nodes, written.kept)
+        notes[fqn] = f"{written.kept} of {written.size} features, here and in {', '.join(region.readers)}"
     return notes
 
 
@@ -86,7 +125,7 @@ def find_region(program: Program, site: Site, single: dict[str, Site]) -> Region
                 return None
             carriers.add(read.name)
             waiting.append(read)
-    return Region(tuple(writers), tuple(dict.fromkeys(readers))) if readers else None
+    return Region(tuple(writers), tuple(dict.fromkeys(readers)), tuple(carriers)) if readers else None
 
 
 def _site_at(program: Program, node: fx.Node, single: dict[str, Site]) -> Site | None:

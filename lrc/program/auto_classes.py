@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from lrc.errors import ModelError
-from lrc.maps import restore
+from lrc.maps import restore_module
 from lrc.program.checks import check_finite, need_transformers
-from lrc.program.graft import forget_ties, tie_maps
+from lrc.program.graft import forget_ties, share_factors
 from lrc.program.owners import owned, place
 
 PREFIX = "lrc_"
@@ -72,9 +72,7 @@ class _Mapped:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # of the model class beside this one
         install(self, config.lrc)  # type: ignore[arg-type]
         forget_ties(self)  # type: ignore[arg-type]
-        for head, table in config.lrc.get("ties", ()):
-            if _has(self, head) and _has(self, table):  # the body alone has no head
-                tie_maps(self, head, table)  # type: ignore[arg-type]
+        share_factors(self, placed_names(self, config.lrc.get("shared", {})))  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -109,17 +107,9 @@ def install(model: nn.Module, section: Mapping[str, Any]) -> None:
         for fqn, structure in section["sites"].items():
             found = _place(model, fqn, prefix)
             if found is not None:
-                place(model, found, restore(structure))
+                place(model, found, restore_module(structure))
     finally:
         torch.set_default_dtype(previous)
-
-
-def _has(model: Any, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _place(model: nn.Module, fqn: str, prefix: str) -> str | None:
@@ -132,6 +122,18 @@ def _place(model: nn.Module, fqn: str, prefix: str) -> str | None:
                 continue
         return name
     return None
+
+
+def placed_names(model: nn.Module, shared: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of shared factors as they are in a model that may be the body of the saved one, or hold it."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    found = {}
+    for pair in shared.items():
+        owners = [_place(model, name.rpartition(".")[0], prefix) for name in pair]
+        if None not in owners:
+            name, stored = (f"{owner}.{whole.rpartition('.')[2]}" for owner, whole in zip(owners, pair, strict=True))
+            found[name] = stored
+    return found
 
 
 def register() -> None:

@@ -26,7 +26,7 @@ def raise_uses(graph_module: fx.GraphModule, uses: Iterable[Use], taken: Set[str
             new = graph.create_node("call_module", use.module, (nodes[use.input],), context)
         new.meta = dict(old.meta)
         old.replace_all_uses_with(new)
-        _erase_unused(graph, old)
+        erase_unused(graph, old)
         new.name = use.node
         nodes[use.node] = new
     modules = {use.module for use in uses}
@@ -70,7 +70,7 @@ def _rename(graph_module: fx.GraphModule, node: fx.Node, taken: Set[str], aliase
     put(graph_module, node.target, operator.attrgetter(name)(graph_module))
 
 
-def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
     """Erase a node that nothing uses, and then every input of it that nothing else uses.
 
     Of an operator with several values, those that nothing reads are no uses.
@@ -82,7 +82,7 @@ def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
     reads = node.all_input_nodes
     graph.erase_node(node)
     for read in reads:
-        _erase_unused(graph, read)
+        erase_unused(graph, read)
 
 
 def _is_below(name: str, modules: Set[str]) -> bool:

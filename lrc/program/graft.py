@@ -16,16 +16,22 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
     """Return a module tree like `model`'s with the program's maps at their places.
 
     The tree is new, its tensors are not: everything that no pass touched is shared with `model`, and the maps are those of
-    the program, so training one view trains the other. `model` itself is not changed. `nn.MultiheadAttention`, which calls
-    its weights by itself, is replaced as a whole. A head that was tied to an embedding and got a map of its own is untied in
-    the config. Raises LowerError for a site that has no module in `model`.
+    the program, so training one view trains the other; where the program is frozen but for adapters, so is the tree. `model`
+    itself is not changed. `nn.MultiheadAttention`, which calls its weights by itself, is replaced as a whole. A head that was
+    tied to an embedding and got a map of its own is untied in the config. Raises LowerError for a site that has no module in
+    `model`.
     """
     source = program.origin.model if model is None else model
     if source is None:
         raise LowerError(
             program.origin.name, message="there is no module to graft into", hint="Give the module, or use `.module`"
         )
-    twin = share(source)
+    if program.inserted:
+        name, reason = next(iter(program.inserted.items()))
+        raise LowerError(name, message=reason, hint="Use `.module`, or export `format: onnx` or `pt2`")
+    twin = share(source, frozen=program.frozen)
+    for fqn, norm in program.modules.items():
+        _put(twin, fqn, norm)
     for fqn in program.maps:
         site = program.site(fqn)
         if not site.has_module and not all(owned(twin, use.module) for use in site.uses):
@@ -39,14 +45,56 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
         if site.tied:
             untie(twin)
     forget_ties(twin)
-    for head, table in joint_modules(program):
-        tie_maps(twin, head, table)
+    share_factors(twin, shared_factors(program))
+    _put_changed(program, twin)
     return twin
 
 
-def share(model: nn.Module) -> nn.Module:
-    """Return a copy of a module tree whose parameters and buffers are those of the original."""
-    memo: dict[int, Any] = {id(t): t for t in model.parameters()}
+def shared_factors(program: Program) -> dict[str, str]:
+    """Return the names of factors that maps of several sites share, each with the name under which it is stored."""
+    first: dict[int, str] = {}
+    found = joint_factors(program)
+    for fqn in program.maps:
+        for module, made in program.placed(fqn).items():
+            for name, parameter in made.named_parameters():
+                whole = f"{module}.{name}"
+                owner, stored = fqn, first.setdefault(id(parameter), whole)
+                if stored != whole and not any(stored.startswith(f"{use.module}.") for use in program.site(owner).uses):
+                    found[whole] = stored
+    return found
+
+
+def share_factors(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """Let one parameter stand at both names of every pair, and say so to transformers, which saves and loads it once."""
+    for name, stored in shared.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, model.get_parameter(stored))
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        if shared and hasattr(model, attribute):
+            setattr(model, attribute, {**(getattr(model, attribute) or {}), **shared})
+
+
+def _put_changed(program: Program, model: nn.Module) -> None:
+    """Give a tree the trained tensors that stand in no map, under every name that they have."""
+    tensors = program.tensors()
+    for name in sorted(program.changed & tensors.keys()):
+        for alias in program.names.ties(name) or (name,):
+            owner, _, last = alias.rpartition(".")
+            try:
+                module = model.get_submodule(owner)
+            except AttributeError:
+                continue  # a map stands at this place now
+            held = module._parameters if last in module._parameters else module._buffers
+            if last in held:
+                held[last] = tensors[name]  # type: ignore[assignment]  # a parameter among parameters
+
+
+def share(model: nn.Module, *, frozen: bool = False) -> nn.Module:
+    """Return a copy of a module tree whose parameters and buffers are those of the original.
+
+    frozen: parameters share their memory with those of the original alone, and are not trained.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) if frozen else p for p in model.parameters()}
     memo |= {id(t): t for t in model.buffers()}
     return copy.deepcopy(model, memo)
 
@@ -63,23 +111,16 @@ def untie(model: nn.Module) -> None:
             config.tie_word_embeddings = before
 
 
-def joint_modules(program: Program) -> list[tuple[str, str]]:
-    """Return the names of a head and of an embedding for all that one map stands for."""
-    sites = [program.site(fqn) for fqn in program.maps]
-    return [(site.uses[0].module, use.module) for site in sites for use in site.uses if use.layout is not None]
-
-
-def tie_maps(model: nn.Module, head: str, table: str) -> None:
-    """Make the matrices of a head those of a table, and tell transformers, which stores them once under the table's names."""
-    target, source = model.get_submodule(head), model.get_submodule(table)
-    names = {}
-    for name, parameter in source.named_parameters(recurse=False):
-        own = "weight" if name == "table" else name  # of a dense head
-        setattr(target, own, parameter)
-        names[f"{head}.{own}"] = f"{table}.{name}"
-    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
-        if hasattr(model, attribute):
-            setattr(model, attribute, dict(getattr(model, attribute) or {}) | names)
+def joint_factors(program: Program) -> dict[str, str]:
+    """Return the names of a head's factors, each with that of the same one in the table which the head shares."""
+    found = {}
+    for fqn in program.maps:
+        placed, uses = program.placed(fqn), program.site(fqn).uses
+        for table in [use.module for use in uses if use.layout is not None]:
+            names = {id(p): f"{table}.{name}" for name, p in placed[table].named_parameters()}
+            heads = [use.module for use in uses if use.layout is None]
+            found |= {f"{h}.{name}": names[id(p)] for h in heads for name, p in placed[h].named_parameters() if id(p) in names}
+    return found
 
 
 def forget_ties(model: nn.Module) -> None:
@@ -101,7 +142,7 @@ def _is_replaced(model: nn.Module, name: str) -> bool:
     return isinstance(made, LinearMap) and last not in made._parameters
 
 
-def _put(model: nn.Module, fqn: str, made: LinearMap) -> None:
+def _put(model: nn.Module, fqn: str, made: nn.Module) -> None:
     try:
         place(model, fqn, made)
     except AttributeError as error:

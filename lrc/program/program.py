@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrc.errors import SiteError, UsageError
-from lrc.maps import LinearMap, looked_up
+from lrc.maps import LinearMap, frozen_base, looked_up
+from lrc.program.adapted import Adapted
 from lrc.program.edits import put, raise_uses
 from lrc.program.find import consumers, find_products
 from lrc.program.inputs import Inputs
@@ -53,7 +54,10 @@ class Program:
     """A captured graph with named tensor inputs and a mapping of named tensors as output.
 
     graph_module: the graph; inputs: its examples and dynamic sizes; names: the stored tensors in model order; maps: what
-    stands at the raised sites now, by site; made_by: the pass that put it there.
+    stands at the raised sites now, by site; made_by: the pass that put it there. modules: what else passes put in the place of
+    a module of the user's (a norm), by its name. inserted: names of modules that have no place there, with the reason.
+    adapters: what is remembered of the adapters among them; frozen: nothing but adapters is trained; changed: names of
+    stored tensors outside maps that training gave other values than the captured module's.
     """
 
     graph_module: fx.GraphModule
@@ -63,6 +67,11 @@ class Program:
     origin: Origin = field(default_factory=Origin)
     maps: dict[str, LinearMap] = field(default_factory=dict)
     made_by: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    inserted: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, Adapted] = field(default_factory=dict)
+    frozen: bool = False
+    changed: frozenset[str] = frozenset()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
 
@@ -123,27 +132,33 @@ class Program:
         """Return the map that stands at a site now; a site that no pass has touched has its dense map."""
         return self.maps.get(fqn) or self.site(fqn).original(self.originals)
 
-    def replace(self, fqn: str, made: LinearMap, by: str = "", *, settle: bool = True) -> None:
+    def replace(self, fqn: str, made: LinearMap, by: str = "", *, settle: bool = True, resize: bool = False) -> None:
         """Put a map at a site: at every use, with that use's own bias. The first time, the ATen nodes become calls.
 
-        settle: check the graph and compile it again, which many replacements in a row need only once (`settle()`).
+        settle: check the graph and compile it again, which many replacements in a row need only once (`settle()`). resize: the
+        map may have another shape, which is that of the site from then on; that its neighbours fit is the caller's matter.
         Raises SiteError for a map of another shape.
         """
-        site = self.site(fqn)
-        if (made.out_features, made.in_features) != site.shape:
+        site, shape = self.site(fqn), (made.out_features, made.in_features)
+        if shape != site.shape and not resize:
             raise SiteError(fqn, expected=f"a map of shape {site.shape}", got=repr(made))
         if fqn not in self.maps:
             taken = {use.module for raised in self.maps for use in self.site(raised).uses}
             raise_uses(self.graph_module, site.uses, taken, self.names.ties)
             self.__dict__.pop("nodes", None)
-        self.maps[fqn], self.made_by[fqn] = made, by
+        self.maps[fqn], self.made_by[fqn] = made.eval(), by
+        self.adapters.pop(fqn, None)
         first = site.uses[0].bias
         for use in site.uses:
             if use.layout is not None:
                 put(self.graph_module, use.module, self._table(site, made))
                 continue
             own = made if use.bias == first else made.with_bias(self._own_bias(made, first, use.bias))
+            if own is not made and own.bias is not None:
+                own.bias.requires_grad_(not self.frozen)
             put(self.graph_module, use.module, own)
+        if shape != site.shape:
+            self.sites[fqn] = replace(site, shape=shape)
         if settle:
             self.settle()
 
@@ -158,6 +173,29 @@ class Program:
             return looked_up(made)
         except TypeError as error:
             raise SiteError(site.fqn, message=f"an embedding shares the weight, and {error}", hint="Untie it first") from error
+
+    def narrow(self, nodes: Iterable[str], features: int) -> None:
+        """Say that values have `features` in their last dimension now, as maps of another shape have made it."""
+        for name in nodes:
+            meta = self.nodes[name].meta
+            if isinstance(meta.get("val"), Tensor):
+                meta["val"] = meta["val"][..., :features]
+
+    def freeze(self) -> None:
+        """Train nothing any more but the adapters. The captured module goes on training its own parameters."""
+        for fqn, made in list(self.maps.items()):
+            if fqn not in self.adapters:
+                twin = frozen_base(made)
+                twin.bias = None if made.bias is None else nn.Parameter(made.bias.detach(), requires_grad=False)
+                self.replace(fqn, twin, self.made_by.get(fqn, ""), settle=False)
+        mapped = {id(p) for fqn in self.maps for made in self.placed(fqn).values() for p in made.parameters()}
+        twins: dict[int, nn.Parameter] = {}
+        for module in self.graph_module.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in mapped:
+                    twin_of = twins.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
+                    module._parameters[name] = twin_of
+        self.frozen = True
 
     def settle(self) -> None:
         """Check the graph after replacements, and compile it again."""
@@ -188,7 +226,10 @@ class Program:
     def clone(self) -> "Program":
         """Return a program with its own graph that shares every tensor with this one."""
         twin = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
-        made = replace(self, graph_module=twin, maps=dict(self.maps), made_by=dict(self.made_by))
+        made = replace(
+            self, graph_module=twin, maps=dict(self.maps), made_by=dict(self.made_by), modules=dict(self.modules),
+            inserted=dict(self.inserted), adapters=dict(self.adapters),
+        )  # fmt: skip
         made.sites = {fqn: replace(site, program=made) for fqn, site in self.sites.items()}
         return made
 
@@ -197,16 +238,17 @@ class Program:
         return stored_tensors(self.graph_module)
 
     def size(self) -> tuple[int, int]:
-        """Return the program's stored floating numbers, and all its stored bytes."""
+        """Return the program's stored numbers, packed ones too, and all its stored bytes."""
         tensors = list(self.tensors().values())
         numbers = sum(t.numel() for t in tensors if t.is_floating_point())
+        numbers += sum(module.packed_numbers for module in self.graph_module.modules() if isinstance(module, LinearMap))
         return numbers, sum(t.numel() * t.element_size() for t in tensors)
 
     def digest(self) -> str:
         """Return the hash of the graph and of every number in it, 64 hexadecimal digits."""
         sha = hashlib.sha256(str(self).encode())
         for name, tensor in self.tensors().items():
-            data = tensor.detach().cpu().contiguous()
+            data = tensor.new_empty(tensor.shape, device="cpu").copy_(tensor.detach())  # a single number may have any stride
             sha.update(f"{name}:{data.dtype}:{tuple(data.shape)};".encode())
             if data.numel():
                 sha.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]  # a buffer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lrc.maps import LinearMap
+from lrc.maps import LinearMap, RmsNorm
 from lrc.program.find import plain_name
 
 if TYPE_CHECKING:
@@ -71,8 +71,12 @@ class _Writer:
     def map_lines(self, node: fx.Node, fqn: str) -> Iterator[str]:
         """Yield the operations of the map that a node calls, as tracing it shows them."""
         made = self.program.graph_module.get_submodule(str(node.target))
+        fqn = fqn or str(node.target)
         by = self.program.made_by.get(fqn, "")
         note = f"# {by} @ {fqn}" if by else f"# {fqn}"
+        if isinstance(made, RmsNorm):
+            yield self.norm_line(node, made, note)
+            return
         traced = _trace(made, node)
         given = iter([node.args[0], *node.kwargs.values()])
         inner: dict[fx.Node, str] = {}
@@ -85,6 +89,14 @@ class _Writer:
                 self.values[node] = inner[step.args[0]]
             else:
                 yield self.line(step, inner, note)
+
+    def norm_line(self, node: fx.Node, made: RmsNorm, note: str) -> str:
+        """Return the line of a norm without numbers."""
+        name = f"%{self.count}"
+        self.count += 1
+        self.values[node] = name
+        constants = f"features={made.features}, eps={made.eps:g}"
+        return f"{name}: {self.type_of(node)} = rms_norm({self.value(node.args[0])}, {constants})  {note}"
 
     def line(self, node: fx.Node, values: dict[fx.Node, str], note: str) -> str:
         name = f"%{self.count}"

@@ -180,10 +180,11 @@ class RankPolicy(SpecModel):
     """Options of a rank policy, told apart by their one required key.
 
     budget: one amount over all sites together; unit: what it is an amount of. by_shape: the rank is `most`, whatever the
-    decomposition.
+    decomposition. by_scores: it looks at no decomposition either, but at what is known of the sites beside their weights.
     """
 
     budget: ClassVar[bool] = False
+    by_scores: ClassVar[bool] = False
     unit: ClassVar[Unit] = "numbers"
     by_shape: ClassVar[bool] = False
 

@@ -12,20 +12,27 @@ from lrc.ranks.allocate import best_of, uniform_places
 from lrc.ranks.base import Choice, RankPolicy, SiteCurve, rank_policy
 from lrc.ranks.candidates import Budget, Candidates, Unit, total_cost
 from lrc.ranks.exact import exact_places
+from lrc.ranks.joint import GroupCurve
 from lrc.ranks.log_inverse import log_inverse_places
+from lrc.ranks.mixed import MixedCurve
 
+Curve = SiteCurve | GroupCurve | MixedCurve
 Places = tuple[list[int], tuple[str, ...]]  # one a site, and what the plan should say
 Allocator = Literal["global", "uniform", "exact", "loss_log_inverse"]
-AllocateField = Literal["auto", "global", "uniform", "exact", "loss_log_inverse"]
+Search = Callable[[Sequence[Candidates], Budget, Sequence[int]], Places]  # from the places of another allocator
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What stands beside a budget: who shares it, the multiple that ranks are of, and the bytes of the rest of the model."""
+    """What stands beside a budget: who shares it, the multiple that ranks are of, and the bytes of the rest of the model.
+
+    search: what improves the places of `allocate` with the model at hand, where they are learned.
+    """
 
     allocate: Allocator
     round_to: int = 1
     rest: int = 0
+    search: Search | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class ParamsKept(BudgetPolicy):
 
 
 @rank_policy(ParamsKept)
-def params_kept(curves: Sequence[SiteCurve], options: ParamsKept, setting: Setting) -> Allocation:
+def params_kept(curves: Sequence[Curve], options: ParamsKept, setting: Setting) -> Allocation:
     """Return a rank for every site such that all together need at most `options.params_kept` of the dense numbers.
 
     Biases are counted, before and after; index vectors are bytes, not parameters. Raises UsageError when not even the
@@ -66,7 +73,7 @@ class SizeMb(BudgetPolicy):
 
 
 @rank_policy(SizeMb)
-def size_mb(curves: Sequence[SiteCurve], options: SizeMb, setting: Setting) -> Allocation:
+def size_mb(curves: Sequence[Curve], options: SizeMb, setting: Setting) -> Allocation:
     """Return a rank for every site such that the model stores at most `options.size_mb` million bytes.
 
     setting.rest: bytes of everything beside the weights that the sites may free. Raises UsageError when not even the
@@ -88,7 +95,7 @@ class FlopsKept(BudgetPolicy):
 
 
 @rank_policy(FlopsKept)
-def flops_kept(curves: Sequence[SiteCurve], options: FlopsKept, setting: Setting) -> Allocation:
+def flops_kept(curves: Sequence[Curve], options: FlopsKept, setting: Setting) -> Allocation:
     """Return a rank for every site such that all together need at most `options.flops_kept` of the FLOPs they need now.
 
     A site counts by its output rows per sample (a pooler gives one). A multiply-add counts 2, an added bias 1. Raises
@@ -105,7 +112,7 @@ class LatencyKept(BudgetPolicy):
 
 
 @rank_policy(LatencyKept)
-def latency_kept(curves: Sequence[SiteCurve], options: LatencyKept, setting: Setting) -> Allocation:
+def latency_kept(curves: Sequence[Curve], options: LatencyKept, setting: Setting) -> Allocation:
     """Return a rank for every site such that the measured times add up to at most `options.latency_kept` of those of now.
 
     A site gets no rank whose measured time is not below its own. Raises UsageError when not even the fastest ranks fit.
@@ -121,7 +128,7 @@ class LatencyMs(BudgetPolicy):
 
 
 @rank_policy(LatencyMs)
-def latency_ms(curves: Sequence[SiteCurve], options: LatencyMs, setting: Setting) -> Allocation:
+def latency_ms(curves: Sequence[Curve], options: LatencyMs, setting: Setting) -> Allocation:
     """Return a rank for every site such that the measured times add up to at most `options.latency_ms`.
 
     A site gets no rank whose measured time is not below its own. Raises UsageError when not even the fastest ranks fit.
@@ -129,7 +136,7 @@ def latency_ms(curves: Sequence[SiteCurve], options: LatencyMs, setting: Setting
     return within_amount(curves, options, "latency_ms", options.latency_ms, setting)
 
 
-def within_amount(curves: Sequence[SiteCurve], options: RankPolicy, key: str, amount: float, setting: Setting) -> Allocation:
+def within_amount(curves: Sequence[Curve], options: RankPolicy, key: str, amount: float, setting: Setting) -> Allocation:
     """Share out an amount in the unit of `options`."""
     sites = [curve.candidates(options.unit, setting.round_to) for curve in curves]
     fixed = sum(site.fixed for site in sites)
@@ -140,7 +147,7 @@ def within_amount(curves: Sequence[SiteCurve], options: RankPolicy, key: str, am
     return share_out(sites, Budget(amount - fixed, min(1.0, amount / whole) if whole else 1.0), setting, options.unit)
 
 
-def kept_share(curves: Sequence[SiteCurve], options: RankPolicy, key: str, kept: float, setting: Setting) -> Allocation:
+def kept_share(curves: Sequence[Curve], options: RankPolicy, key: str, kept: float, setting: Setting) -> Allocation:
     """Share out a fraction of what all sites cost now in the unit of `options`."""
     sites = [curve.candidates(options.unit, setting.round_to) for curve in curves]
     fixed = sum(site.fixed for site in sites)
@@ -198,6 +205,8 @@ SMALLER: dict[Unit, str] = {"numbers": "smaller", "bytes": "smaller", "flops": "
 def share_out(sites: Sequence[Candidates], budget: Budget, setting: Setting, unit: Unit) -> Allocation:
     """Return the choices of the setting's allocator."""
     places, notes = ALLOCATORS[setting.allocate](sites, budget)
+    if setting.search is not None:
+        places, notes = setting.search(sites, budget, places)
     return Allocation({site.name: _choice(site, place, unit) for site, place in zip(sites, places, strict=True)}, notes)
 
 

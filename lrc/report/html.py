@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.errors import UsageError
+from lrc.report.curves import curve
 from lrc.report.tables import summary_lines
 from lrc.report.units import count, share, size
 from lrc.run.plan import Decision, Plan
@@ -16,7 +17,7 @@ body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse;width:100%;font-size:13px}
 th,td{text-align:left;padding:.25rem .6rem;border-bottom:1px solid #e3e6ea}td.n,th.n{text-align:right}
 tr.kept td{color:#6b7480}.ok{color:#18794e}.bad{color:#c62828}svg text{font:11px system-ui,sans-serif;fill:currentColor}
-.bar{fill:#3b6fb6}.rest{fill:#dde3ea}pre{background:#f5f7f9;padding:.8rem;overflow:auto}
+.bar{fill:#3b6fb6}.line{fill:none;stroke:#3b6fb6}.dot{fill:#c2571a}.rest{fill:#dde3ea}pre{background:#f5f7f9;padding:.8rem;overflow:auto}
 @media(prefers-color-scheme:dark){body{color:#dfe3e8;background:#14171a}th,td{border-color:#2b3036}pre{background:#1d2125}
 .rest{fill:#2b3036}.bar{fill:#6c9fe0}tr.kept td{color:#8a939e}}
 """
@@ -30,6 +31,7 @@ def html_report(plan: Plan, manifest: Mapping[str, Any], metrics: Mapping[str, A
         f"<h1>lrc: {escape(str(manifest.get('model', 'model')))}</h1>",
         "<pre>" + escape("\n".join(summary_lines(plan))) + "</pre>",
         *_section("Quality", metrics.get("metrics", ())),
+        *(part for run in manifest.get("training", ()) for part in curve(run)),
         *_section("Gates", metrics.get("gates", ())),
         *_section("Checks of the artifacts, reloaded in a fresh process", manifest.get("parity", ())),
         "<h2>Share of the rank that is kept</h2>", _bars(ranked, "rank"),

@@ -12,12 +12,13 @@ from lrc.measure import digest
 from lrc.measure.operators import BASELINE, measure_operators
 from lrc.measure.workload import Shapes, rows_per_sample, shapes_at, shapes_per_use, typical
 from lrc.program import Program, Site
-from lrc.ranks import SiteCurve, Times, Unit, measured_ranks
+from lrc.ranks import GroupCurve, SiteCurve, Times, Unit, measured_ranks
 from lrc.run.plan import Decision
 from lrc.run.session import Session
 from lrc.run.summary import outline
 
 Table = dict[str, float]
+Curves = Mapping[str, SiteCurve] | Mapping[str, GroupCurve]
 
 
 def check_shapes(program: Program, session: Session, options: Any) -> None:
@@ -100,19 +101,19 @@ def unit_of(options: Any) -> Unit | None:
     return unit
 
 
-def rest_of(program: Program, curves: Mapping[str, SiteCurve]) -> int:
+def rest_of(program: Program, curves: Curves) -> int:
     """Return the bytes of the program beside what rewriting the sites frees."""
     return program.size()[1] - int(sum(curve.present("bytes") for curve in curves.values()))
 
 
-def with_latency(options: Any, curves: Mapping[str, SiteCurve], decision: Decision) -> Decision:
+def with_latency(options: Any, curves: Curves, decision: Decision) -> Decision:
     """Return a decision with its measured times, where the budget is one of time."""
     if unit_of(options) != "ms" or decision.name not in curves:
         return decision
     return replace(decision, latency=costs(curves[decision.name], "ms", decision))
 
 
-def spent(options: Any, curves: Mapping[str, SiteCurve], decisions: Iterable[Decision]) -> list[str]:
+def spent(options: Any, curves: Curves, decisions: Iterable[Decision]) -> list[str]:
     """Return a line for the plan on what no other line of it shows: FLOPs per sample, or time."""
     unit = unit_of(options)
     if unit not in ("flops", "ms"):
@@ -128,7 +129,7 @@ def spent(options: Any, curves: Mapping[str, SiteCurve], decisions: Iterable[Dec
     return [f"predicted latency of the targets: {before:.3g} → {after:.3g} ms {kept}, by operators timed on this device"]
 
 
-def costs(curve: SiteCurve, unit: Unit, decision: Decision) -> tuple[float, float]:
+def costs(curve: SiteCurve | GroupCurve, unit: Unit, decision: Decision) -> tuple[float, float]:
     """Return what a site costs before and after a decision."""
     before = curve.present(unit) + curve.fixed(unit)
     if decision.keep is not None or decision.rank is None:

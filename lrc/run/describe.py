@@ -6,10 +6,25 @@ from lrc.errors import UsageError
 from lrc.measure import Cache, spectrum, stable_rank
 from lrc.program import Program
 from lrc.spec.load import preset_names
-from lrc.spec.registry import EXPORTERS, METRICS, PASSES, RANKS, SOLVERS, Registry
+from lrc.spec.registry import (
+    ADAPTERS,
+    EXPORTERS,
+    INITIALISERS,
+    METRICS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    PASSES,
+    RANKS,
+    RECIPES,
+    SOLVERS,
+    SPLITTERS,
+    Registry,
+)
 
 REGISTRIES: dict[str, Registry] = {
-    "passes": PASSES, "solvers": SOLVERS, "ranks": RANKS, "metrics": METRICS, "exports": EXPORTERS,
+    "passes": PASSES, "solvers": SOLVERS, "splitters": SPLITTERS, "ranks": RANKS, "adapters": ADAPTERS,
+    "initialisers": INITIALISERS, "optimizers": OPTIMIZERS, "objectives": OBJECTIVES, "recipes": RECIPES,
+    "metrics": METRICS, "exports": EXPORTERS,
 }  # fmt: skip
 
 
@@ -35,7 +50,7 @@ def site_rows(program: Program, cache: Cache | None = None) -> list[dict[str, An
 def names(kind: str | None = None) -> dict[str, list[str]]:
     """Return the known names by kind. Raises UsageError for an unknown kind."""
     found = {key: registry.names() for key, registry in REGISTRIES.items()}
-    found |= {"adapters": [], "initialisers": [], "optimizers": [], "recipes": [], "presets": preset_names()}
+    found |= {"presets": preset_names()}
     if kind is None:
         return found
     if kind not in found:

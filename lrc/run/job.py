@@ -43,6 +43,7 @@ class Record:
     metrics: list[Json] = field(default_factory=list)
     gates: list[Json] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    training: list[Json] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -65,7 +66,14 @@ class Job:
     def exports(self) -> list[ExportOptions]:
         """Return what is exported: as the spec says, but always a form that `lrc.load` reads."""
         asked = list(self.document.export)
-        is_hf = self.program.origin.folder is not None
+        unplaced = next((options for options in self.document.passes if not getattr(options, "grafts", True)), None)
+        if unplaced is not None and any(isinstance(e, HfExport) for e in asked):
+            raise UsageError(
+                "export.hf",
+                message=f"what the pass `{getattr(unplaced, 'type', '')}` makes has no place in the model's own modules",
+                hint="Export `format: pt2` or `onnx`, or set `bases: shared`",
+            )
+        is_hf = self.program.origin.folder is not None and unplaced is None
         if not any(isinstance(e, HfExport | Pt2Export) for e in asked):
             asked.insert(0, HfExport() if is_hf else Pt2Export())
         return asked  # type: ignore[return-value]
@@ -75,6 +83,7 @@ class Job:
         document = self.document.resolved()
         document.pop("output")
         files = [self.request.dataset] if self.request.dataset else []
+        files += [name for options in self.document.passes for name in getattr(options, "datasets", dict)().values()]
         data = {name: sha256(self.request.base / name) for name in files if (self.request.base / name).is_file()}
         return digest("output-2", document, self.program.digest(), data, environment()["versions"])
 
@@ -94,6 +103,7 @@ def compile_to(path: Path, job: Job, *, overwrite: bool = False, resume: bool = 
         if job.plan is None:
             with timed(record, "passes"):
                 record.plan = run_passes(job.program, job.document.passes, job.session)
+        record.training = job.session.training
         for options in job.exports():
             with timed(record, f"export {options.format}"):
                 record.artifacts[options.format] = export_step(output, job, options)
@@ -132,6 +142,8 @@ def verify_step(output: OutputFolder, job: Job, record: Record, original: Progra
     """Reopen every artifact in a fresh process and compare it with the program in memory."""
     pairs = []
     for name, made in record.artifacts.items():
+        if not made["opens"]:  # it is no model by itself, and was checked when it was written
+            continue
         artifact = Artifact(name, output.staging / made["artifact"], made["opens"])
         pairs.append((artifact, cases_of(job.program, dynamic=not made["static"], cached=made["cached"])))
     job.session.progress("verify", 0, 1)
@@ -186,6 +198,7 @@ def manifest_of(output: OutputFolder, job: Job, record: Record, written: Mapping
         },
         "parity": record.parity,
         "failures": record.failures,
+        "training": record.training,
         "sha256": dict(sorted(hashes.items())),
         "seconds": {name: round(value, 3) for name, value in record.seconds.items()},
         "peak_memory": {

@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from lrc.program import Program, Site
-from lrc.run.passes import PassOptions, pass_for
+from lrc.run.passes import needs_of, pass_for
 from lrc.run.plan import Decision, Plan
 from lrc.run.session import Session
+from lrc.run.site_pass import SitePass
 from lrc.solvers import Need
 
 
@@ -21,8 +22,11 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
         made = pass_for(options)
         decided = list(made.plan(twin, session, options, index))
         last = index == len(passes) - 1
-        if last:
-            saved = difference(twin, decided)
+        if not options.structural:
+            if not last:
+                session.notices.append(f"passes after `{options.type}` are planned on the values before it")
+        elif last and isinstance(made, SitePass):
+            saved = difference(twin, decided)  # of a pass that edits the graph, only doing so tells
         else:
             decided = list(made.apply(twin, session, options, decided))
         decisions += decided
@@ -35,6 +39,8 @@ def run_passes(program: Program, passes: Sequence[Any], session: Session) -> Pla
     """Rewrite `program` as the passes decide; return the plan as it was carried out."""
     before = program.size()
     decisions: list[Decision] = []
+    if any(options.looks_back for options in passes):
+        session.original = program.clone()
     for index, options in enumerate(passes):
         made = pass_for(options)
         decided = made.plan(program, session, options, index)
@@ -60,10 +66,12 @@ def difference(program: Program, decisions: Sequence[Decision]) -> tuple[int, in
     """
     numbers = size = 0
     for d in decisions:
-        site = program.sites[d.sites[0]]
-        stays = site.fqn not in program.maps and bool(site.tied) and d.keep is None
-        numbers += d.after.parameters - (0 if stays else d.before.parameters)
-        size += d.after.bytes - (0 if stays else d.before.bytes)
+        numbers += d.after.parameters - d.before.parameters
+        size += d.after.bytes - d.before.bytes
+        for site in (program.sites[fqn] for fqn in d.sites):
+            if site.fqn not in program.maps and site.tied and d.keep is None:
+                cost = site.map.cost(1)
+                numbers, size = numbers + cost.parameters, size + cost.bytes
     return numbers, size
 
 
@@ -88,9 +96,3 @@ def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, sessio
 def gram_numbers(site: Site) -> int:
     """Return how many numbers the second moment of a site's inputs has; that of one-hot vectors is diagonal."""
     return site.in_features if site.layout.looked_up else site.in_features**2
-
-
-def needs_of(options: PassOptions) -> frozenset[Need]:
-    """Return the statistics that a pass needs, those of its solver among them."""
-    solver = getattr(options, "solver", None)
-    return frozenset(options.needs | (solver.needs if solver is not None else frozenset()))

@@ -115,5 +115,7 @@ def _tuples(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def totals(decisions: Sequence[Decision]) -> tuple[int, int]:
-    """Return the parameters of all decided sites, before and after."""
-    return sum(d.before.parameters for d in decisions), sum(d.after.parameters for d in decisions)
+    """Return the parameters of all decided sites, before the first pass that decided on one and after the last."""
+    before = {d.name: d.before.parameters for d in reversed(decisions)}
+    after = {d.name: d.after.parameters for d in decisions}
+    return sum(before.values()), sum(after.values())

@@ -89,6 +89,7 @@ def prepare(
         spec_path=file,
         progress=progress,
         has_data=calibration is not None or document.calibration is not None,
+        allow_code=allow_code,
     )
     return Prepared(program, document, file, session)
 
@@ -101,6 +102,8 @@ def check_data(document: Document, base: Path, *, calibration: bool = True) -> N
         options.check(judged.max_length, f"evaluate.metrics.{i}")
     named: dict[str, str | None] = {"evaluate.dataset": judged.dataset if judged.metrics else None}
     named |= {f"evaluate.metrics.{i}.dataset": getattr(m, "dataset", None) for i, m in enumerate(judged.metrics)}
+    for i, options in enumerate(document.passes):
+        named |= {f"passes.{i}.{key}": dataset for key, dataset in getattr(options, "datasets", dict)().items()}
     if calibration and document.calibration is not None:
         named = {"calibration.dataset": document.calibration.dataset, **named}
     for place, dataset in named.items():

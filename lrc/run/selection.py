@@ -45,8 +45,7 @@ def select_sites(program: Program, session: Session, options: Any, index: int) -
 
 def _kept(program: Program, fqn: str, options: Any) -> str | None:
     """Return the reason why a site is out of the question for a pass, or None."""
-    obstacle = None if fqn in program.maps else program.sites[fqn].layout.obstacle()
-    return obstacle or _tied(program, fqn, options)
+    return options.obstacle_at(program.sites[fqn]) or _tied(program, fqn, options)
 
 
 def _tied(program: Program, fqn: str, options: Any) -> str | None:

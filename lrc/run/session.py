@@ -36,7 +36,9 @@ class Session:
     """The shared state of one run.
 
     batches: makes the calibration batches, called at most once and only when a statistic is needed; has_data: whether there
-    are any. notices: what the plan should mention beside the decisions (shadowed patterns, how a budget was shared).
+    are any. memo: what passes measured by other ways than moments, by digest. notices: what the plan should mention beside
+    the decisions (shadowed patterns, how a budget was shared). allow_code: whether code that the spec names may run. original:
+    the program before the passes, for those that look back at it. training: a record of every pass that trained.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Session:
         spec_path: Path | None = None,
         progress: Progress = silent,
         has_data: bool = True,
+        allow_code: bool = False,
     ) -> None:
         self.cache = cache
         self.seed = seed
@@ -55,11 +58,20 @@ class Session:
         self.spec_path = spec_path
         self.shadowed: list[str] = []
         self.notices: list[str] = []
+        self.memo: dict[str, Any] = {}
         self.has_data = has_data
+        self.allow_code = allow_code
+        self.original: Program | None = None
+        self.training: list[dict[str, Any]] = []
         self._make_batches = batches
         self._batches: Batches | None = None
         self._moments: dict[str, dict[str, Moments]] = {}
         self.workers = os.cpu_count() or 1
+
+    @property
+    def base(self) -> Path:
+        """The folder that data paths of the spec start at."""
+        return self.spec_path.parent if self.spec_path else Path()
 
     @property
     def batches(self) -> Batches:

@@ -12,8 +12,10 @@ from lrc.errors import LrcError, SiteError
 from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
-from lrc.ranks import Choice, allocate_ranks
-from lrc.run.budget import check_shapes, priced, rest_of, spent, with_latency
+from lrc.ranks import Choice
+from lrc.run.budget import check_shapes, priced, spent, with_latency
+from lrc.run.group_pass import apply_groups, plan_groups
+from lrc.run.mixed import modules_of, share_out, with_solver
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
 from lrc.run.propagation import in_groups, lockstep
@@ -21,6 +23,7 @@ from lrc.run.selection import Selected, select_sites
 from lrc.run.session import Session, settled
 from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
+from lrc.solvers import GroupOptions
 from lrc.spec.registry import PASSES, Rule
 
 Made = LinearMap | Rewrite | Keep
@@ -88,6 +91,8 @@ class RankedSitePass(SitePass):
     def plan(self, program: Program, session: Session, options: Any, index: int) -> Sequence[Decision]:
         """Decompose every selected weight, and let the rank policy choose."""
         options = settled(program, options)
+        if isinstance(options.solver, GroupOptions):
+            return plan_groups(program, session, options, index)
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
         for fqn in free if options.tied == "joint" else ():
@@ -96,22 +101,20 @@ class RankedSitePass(SitePass):
         check_shapes(program, session, options)
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
-        found = allocate_ranks(
-            list(curves.values()),
-            options.rank,
-            allocate=options.allocate,
-            round_to=options.round_to,
-            rest=rest_of(program, curves),
-        )
+        found = share_out(program, session, options, index, selected, curves, terms)
         before = in_groups(program, free) if compressed(options) else {}
-        decisions = []
+        decisions = list(found.decisions)
         for chosen in selected:
+            if chosen.fqn not in found.choices and not chosen.keep:
+                continue  # it is in the decision of a group
             made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
             if not chosen.keep:
                 made = replace(made, after_sites=before.get(chosen.fqn, ()))
                 made = self.decide(made, program.sites[chosen.fqn], found.choices[chosen.fqn], terms)
             decisions.append(made)
-        session.notices += [*found.notes, *spent(options, curves, decisions)]
+        places = {chosen.fqn: place for place, chosen in enumerate(selected)}
+        decisions.sort(key=lambda d: places[d.sites[0]])
+        session.notices += [*found.notes, *spent(options, {**curves, **found.curves}, decisions)]
         return [with_latency(options, curves, d) for d in decisions]
 
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:
@@ -143,6 +146,19 @@ class RankedSitePass(SitePass):
     def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Make the maps from the stored decompositions, or one group after the other behind the compressed ones."""
         options = settled(program, options)
+        if isinstance(options.solver, GroupOptions):
+            return apply_groups(program, session, options, decisions)
+        modules = modules_of(program, options)
+        groups = [d for d in decisions if len(d.sites) > 1] if modules else []
+        joint = apply_groups(program, session, with_solver(options, modules), groups) if modules and groups else []
+        alone = self.apply_alone(program, session, options, [d for d in decisions if d not in groups])
+        made = {d.name: d for d in [*joint, *alone]}
+        return [made[d.name] for d in decisions]
+
+    def apply_alone(
+        self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]
+    ) -> Sequence[Decision]:
+        """Make the maps of sites that are decided one by one."""
         work = [d for d in decisions if d.keep is None]
         done = {d.name: d for d in decisions}
         if compressed(options):

@@ -44,6 +44,10 @@ class Terms:
         self._keys = keys
         self._spectra: dict[str, Decomposition] = {}
 
+    def key(self, fqn: str) -> str:
+        """Return the content hash that a decomposition is stored under."""
+        return self._keys[fqn]
+
     def missing(self) -> list[str]:
         """Return the sites whose decomposition is not stored yet."""
         for fqn, key in self._keys.items():

@@ -6,11 +6,15 @@ from lrc.solvers.afm import AfmSolver, LordSolver, afm, lord
 from lrc.solvers.altmin import AltminSolver, altmin
 from lrc.solvers.auto import AutoSolver, auto
 from lrc.solvers.base import LOSS_UNIT, Decomposition, Factors, Moments, Need, Solve, SolverOptions, solver
+from lrc.solvers.basis_sharing import BasisSharingSolver, basis_sharing
+from lrc.solvers.dobi import DobiSolver, dobi
 from lrc.solvers.fisher import FisherOptions
 from lrc.solvers.gram import GramSolver, gram
+from lrc.solvers.groups import Grouping, GroupOptions, GroupTerms, Member, Part, Places, SolveGroup, WeightGroup
 from lrc.solvers.inputs import InputsOptions, propagated_target
 from lrc.solvers.kfac import KfacSolver, kfac
 from lrc.solvers.ladder import Root, root
+from lrc.solvers.modular import ModularSolver, modular
 from lrc.solvers.nmf import NmfSolver, SnmfSolver, nmf, snmf
 from lrc.solvers.pivot import Pivot, Refusal, pivot
 from lrc.solvers.random_init import RandomSolver, random_init
@@ -21,7 +25,8 @@ from lrc.solvers.whitened import WhitenedSolver, whitened
 from lrc.spec.registry import Rule
 
 BUILTIN: tuple[Rule[Any, Any], ...] = (
-    kfac, whitened, afm, lord, asvd, fwsvd, svd, gram, randomized, auto, altmin, snmf, nmf, random_init,
+    kfac, whitened, afm, lord, dobi, asvd, fwsvd, svd, gram, randomized, auto, altmin, snmf, nmf, random_init,
+    basis_sharing, modular,
 )  # fmt: skip
 
 __all__ = [
@@ -31,35 +36,49 @@ __all__ = [
     "AltminSolver",
     "AsvdSolver",
     "AutoSolver",
+    "BasisSharingSolver",
     "Decomposition",
+    "DobiSolver",
     "Factors",
     "FisherOptions",
     "FwsvdSolver",
     "GramSolver",
+    "GroupOptions",
+    "GroupTerms",
+    "Grouping",
     "InputsOptions",
     "KfacSolver",
     "LordSolver",
+    "Member",
+    "ModularSolver",
     "Moments",
     "Need",
     "NmfSolver",
+    "Part",
     "Pivot",
+    "Places",
     "RandomSolver",
     "RandomizedSolver",
     "Refusal",
     "Root",
     "SnmfSolver",
     "Solve",
+    "SolveGroup",
     "SolverOptions",
     "SvdSolver",
+    "WeightGroup",
     "WhitenedSolver",
     "afm",
     "altmin",
     "asvd",
     "auto",
+    "basis_sharing",
+    "dobi",
     "fwsvd",
     "gram",
     "kfac",
     "lord",
+    "modular",
     "nmf",
     "pivot",
     "propagated_target",

@@ -57,7 +57,7 @@ def afm(
     covariance of y is W C Wᵀ from that of x; the part of b inside U_r stays in the second bias.
     """
     check(weight, bias, moments, max_rank, options.needs)
-    return _components(weight, bias, moments, max_rank, options.center)
+    return components(weight, bias, moments, max_rank, options.center)
 
 
 @solver(LordSolver)
@@ -75,10 +75,11 @@ def lord(
     a layer dense whose rank does not shrink it; that is decided by `lrc.ranks`.
     """
     check(weight, bias, moments, max_rank, options.needs)
-    return _components(weight, bias, moments, max_rank, options.center)
+    return components(weight, bias, moments, max_rank, options.center)
 
 
-def _components(weight: Tensor, bias: Tensor | None, moments: Moments, max_rank: int, center: bool) -> Decomposition:
+def components(weight: Tensor, bias: Tensor | None, moments: Moments, max_rank: int, center: bool) -> Decomposition:
+    """Return the principal components of the outputs, float64 inside: B = U, A = Uᵀ W, with the bias as the layer needs it."""
     W = weight.double()
     lookup = moments.gram is not None and moments.gram.ndim == 1
     notes: tuple[str, ...] = ()

@@ -113,11 +113,13 @@ class SolverOptions(Tagged):
 
     nested: the terms of a lower rank are the first ones of a higher one. Where they are not, a weight is decomposed at
     exactly the rank that it gets, `max_rank`, and `Decomposition.losses` holds at that rank alone.
+    shares: the allocator that shares a budget where `allocate: auto` leaves it to the solver, or "" for the usual ones.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     leading: ClassVar[bool] = False
     nested: ClassVar[bool] = True
+    shares: ClassVar[str] = ""
 
     def settled(self, *, logits: bool) -> Self:
         """Return the options with what they leave to the model settled. logits: whether its outputs are those of classes."""

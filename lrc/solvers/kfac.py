@@ -1,7 +1,7 @@
 """Our default: the weight whitened on both sides, by its inputs and by the loss's gradient at its outputs."""
 
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -10,9 +10,10 @@ from torch import Tensor
 from lrc.errors import SolverError
 from lrc.solvers.base import LOSS_UNIT, Decomposition, Moments, Need, solver
 from lrc.solvers.checks import check
-from lrc.solvers.fisher import FisherOptions
+from lrc.solvers.fisher import FocusOptions, focused
 from lrc.solvers.inputs import InputsOptions, centers, input_moment, propagated_target
 from lrc.solvers.ladder import root
+from lrc.solvers.modular import ModularSolver
 from lrc.solvers.terms import ordered_terms, storage_dtype
 from lrc.solvers.whitened import with_bias
 
@@ -21,7 +22,7 @@ STEP = 10.0
 ATTEMPTS = 8
 
 
-class KfacSolver(InputsOptions, FisherOptions):
+class KfacSolver(InputsOptions, FocusOptions):
     """The least loss in second order: inputs and output gradients weigh the error (Kronecker-factored Fisher)."""
 
     type: Literal["kfac"] = "kfac"
@@ -31,18 +32,18 @@ class KfacSolver(InputsOptions, FisherOptions):
     damping_out: float = Field(
         default=1.0, ge=0, description="Added to the diagonal of the gradients' second moment, of its mean."
     )
-    focus: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
-        default="auto",
-        description="Share of the inputs' second moment in which a token counts by the squared norm of its gradient, in the "
-        "rest all count the same; auto: 1 for `fisher: outputs`, else 0.5.",
+    modules: bool = Field(
+        default=True,
+        description="Under a budget of size or FLOPs, with `form: auto`, let MLPs and attentions become narrower as `modular` does "
+        "where that is predicted to lose less.",
     )
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS, Need.GRADIENTS})
 
-    def settled(self, *, logits: bool) -> Self:
-        """Return the options with both kinds of `auto` settled."""
-        made = super().settled(logits=logits)
-        focus = (1.0 if made.fisher == "outputs" else 0.5) if made.focus == "auto" else made.focus
-        return made.model_copy(update={"focus": focus})
+    def modules_solver(self) -> ModularSolver | None:
+        """Return the solver of whole modules that is offered beside this one: its statistics and its unit of loss are the same."""
+        if not self.modules:
+            return None
+        return ModularSolver(fisher=self.fisher, focus=self.focus, damping_in=self.damping_in, damping_out=self.damping_out)
 
 
 @solver(KfacSolver)
@@ -82,21 +83,6 @@ def kfac(
     scale = 0.5 * L.weight * K.weight
     terms = replace(terms, scale=scale, unit=LOSS_UNIT, notes=notes + K.notes)
     return with_bias(terms, weight, bias, moments, center)
-
-
-def focused(moments: Moments, focus: float) -> Moments:
-    """Return the moments with a share `focus` of the inputs weighed by the gradient of their token, where that was measured.
-
-    The Fisher of a layer is E[g gᵀ ⊗ x xᵀ]. With G = E[g gᵀ], the C that makes G ⊗ C closest to it along the trace of its left
-    side is E[|g|² x xᵀ] / E[|g|²]: tokens that the loss does not look at do not count. That C rests on few tokens where
-    gradients have heavy tails, as those of language models do, hence the other share.
-    Source: one step of the power iteration for the nearest Kronecker product, Van Loan & Pitsianis (1993),
-    doi:10.1007/978-94-015-8196-7_17.
-    """
-    gram, mean = moments.weighted_gram, moments.weighted_mean
-    if gram is None or mean is None or moments.gram is None or moments.mean is None or moments.cross is not None:
-        return moments
-    return replace(moments, gram=torch.lerp(moments.gram, gram, focus), mean=torch.lerp(moments.mean, mean, focus))
 
 
 def growth(terms: Decomposition, weight: Tensor) -> float:

@@ -120,12 +120,13 @@ class Registered:
     A bare word stands for an object with that `type` alone. `Annotated[SpecModel, Registered(SOLVERS)]`.
     """
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, *, optional: bool = False) -> None:
         self.registry = registry
+        self.optional = optional
 
-    def validate(self, value: Any) -> SpecModel:
-        """Turn a word, a mapping or an options object into the options object."""
-        if isinstance(value, SpecModel):
+    def validate(self, value: Any) -> SpecModel | None:
+        """Turn a word, a mapping or an options object into the options object; None stays, where it may."""
+        if isinstance(value, SpecModel) or (value is None and self.optional):
             return value
         tag = self.registry.tag
         if isinstance(value, str):
@@ -140,17 +141,29 @@ class Registered:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            self.validate, serialization=core_schema.plain_serializer_function_ser_schema(lambda v: v.model_dump())
+            self.validate, serialization=core_schema.plain_serializer_function_ser_schema(plain)
         )
 
     def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         words = [{"const": name} for name in self.registry.names()]
         models = [handler(rule.options.__pydantic_core_schema__) for rule in self.registry]
-        return {"anyOf": [*words, *models]}
+        nothing: list[dict[str, Any]] = [{"type": "null"}] if self.optional else []
+        return {"anyOf": [*words, *models, *nothing]}
+
+
+def plain(options: SpecModel | None) -> dict[str, Any] | None:
+    """Return options as plain data."""
+    return None if options is None else options.model_dump()
 
 
 PASSES = Registry("pass", "lrc.passes")
 SOLVERS = Registry("solver", "lrc.solvers")
+SPLITTERS = Registry("splitter", "lrc.splitters")
+ADAPTERS = Registry("adapter", "lrc.adapters")
+INITIALISERS = Registry("initialiser", "lrc.initialisers")
 RANKS = Registry("rank policy", "lrc.ranks")
 METRICS = Registry("metric", "lrc.metrics")
 EXPORTERS = Registry("export format", "lrc.exporters", tag="format")
+OPTIMIZERS = Registry("optimizer", "lrc.optimizers")
+OBJECTIVES = Registry("objective", "lrc.objectives")
+RECIPES = Registry("recipe", "lrc.recipes")

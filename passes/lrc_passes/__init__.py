@@ -1,6 +1,12 @@
 """The rewriting rules that come with lrc. A third-party pass enters by the same door, the entry points `lrc.passes`."""
 
+from lrc_passes.adapt import AdaptPass
 from lrc_passes.factorize import factorize
+from lrc_passes.load_adapter import LoadAdapterPass
 from lrc_passes.merge import merge
+from lrc_passes.quantize import quantize
+from lrc_passes.slice import SlicePass
+from lrc_passes.split import split
+from lrc_passes.train import TrainPass
 
-BUILTIN = (factorize, merge)
+BUILTIN = (AdaptPass, factorize, LoadAdapterPass, merge, quantize, SlicePass, split, TrainPass)

@@ -30,7 +30,9 @@ def merge(site: Site, statistics: Statistics, options: Merge) -> Rewrite | Keep:
     before = site.map
     if not options.dense:
         made, notes = simplify(before)
-        return Rewrite(made, notes) if notes else Keep("nothing to fold")
+        if notes:
+            return Rewrite(made, notes)
+        return Keep(f"nothing to fold{'' if before.obstacle() is None else f': {before.obstacle()}'}")
     made = fold(before)
     if made is before:
         return Keep("nothing to fold: the map is one dense weight")

@@ -1,13 +1,29 @@
 """Random maps of a given shape, and a rounding bound for them."""
 
 import copy
+import math
 from itertools import pairwise
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrc.maps import Chain, Dense, Diagonal, LinearMap, Permutation, Pivoted, Scale, Sum
+from lrc.maps import (
+    Blocks,
+    Chain,
+    Dense,
+    Diagonal,
+    Gate,
+    Identity,
+    Kronecker,
+    LinearMap,
+    OutputMask,
+    Permutation,
+    Pivoted,
+    Scale,
+    Sum,
+    Triangular,
+)
 
 F64 = torch.float64
 SHAPES = [(1, 1), (1, 5), (5, 1), (3, 7), (7, 3), (4, 4)]
@@ -35,14 +51,19 @@ def pivoted(m: int, n: int, rank: int, seed: int, side: str = "out", *, index: b
     )
 
 
+def closed(size: int, seed: int) -> Tensor:
+    """Random numbers of which some are exactly zero."""
+    return randn(size, seed=seed) * (randn(size, seed=seed + 1) > 0)
+
+
 @st.composite
 def maps(draw: st.DrawFn, m: int, n: int, depth: int = 2) -> LinearMap:
     """A map (m, n) of random kind, with biases here and there; composites up to `depth` deep."""
     seed = draw(seeds)
     bias = randn(m, seed=seed + 9) if draw(st.booleans()) else None
-    kinds = ["dense", "pair", "pivoted"]
+    kinds = ["dense", "pair", "pivoted", "triangular", "blocks", "kronecker", "gated"]
     if m == n:
-        kinds += ["diagonal", "permutation", "identity"]
+        kinds += ["diagonal", "permutation", "identity", "gate", "passing", "mask"]
     if depth:
         kinds += ["chain", "sum", "scale", "single"] * 2
     kind = draw(st.sampled_from(kinds))
@@ -54,6 +75,26 @@ def maps(draw: st.DrawFn, m: int, n: int, depth: int = 2) -> LinearMap:
         return Permutation(order_of(m, seed), F64)
     if kind == "identity":
         return Permutation(torch.arange(m), F64)
+    if kind == "gate":
+        return Gate(closed(m, seed), bias)
+    if kind == "passing":
+        return Identity(m, F64)
+    if kind == "mask":
+        return OutputMask(closed(m, seed) != 0, F64)
+    if kind == "triangular":
+        return Triangular.of(randn(m, n, seed=seed), upper=m < n, unit=draw(st.booleans()), bias=bias)
+    if kind == "blocks":
+        along, size = draw(st.sampled_from([("out", m), ("in", n)]))
+        first = draw(st.integers(0, size))
+        parts = randn(m, n, seed=seed).split([first, size - first], 0 if along == "out" else 1)
+        return Blocks(*(part.clone() for part in parts), along, bias)
+    if kind == "kronecker":
+        count, rank = math.gcd(m, n), draw(st.integers(1, 2))
+        left, right = randn(count, n // count, rank, seed=seed + 1), randn(count, rank, m // count, seed=seed + 2)
+        return Kronecker(randn(count, count, count, seed=seed), left, right, bias)
+    if kind == "gated":
+        rank = draw(st.integers(1, 4))
+        return Chain(randn(m, rank, seed=seed), Gate(closed(rank, seed + 1)), randn(rank, n, seed=seed + 2), bias=bias)
     if kind == "pivoted":
         side = draw(st.sampled_from(["out", "in"]))
         return pivoted(m, n, draw(st.integers(1, min(m, n))), seed, side, index=draw(st.booleans()), bias=bias is not None)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -439,6 +440,9 @@ def test_an_interrupted_run_says_one_line_and_can_be_taken_up(forks: Forks, tmp_
     command = ["compile", str(spec), "-o", "out", "--allow-code"]
     for after in (0.1, 0.2):
         made = forks.run(command, tmp_path, tmp_path / "log", after=after, sign=signal.SIGINT)
+        if made["code"] == 0:  # on a busy machine the signal may come when all is done
+            shutil.rmtree(tmp_path / "out")
+            continue
         assert made["code"] == 1
         assert made["said"] == "error: interrupted: nothing was half-written; the same command takes over what was finished\n"
         assert not (tmp_path / "out").exists()

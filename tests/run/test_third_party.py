@@ -86,7 +86,7 @@ def test_an_installed_pass_is_listed_validated_and_compiles_a_model(installed: P
         installed, tmp_path, ["list", "passes", "--json"], ["validate", bad],
         ["compile", good, "tiny:mlp_with_inputs", "-o", "out", "--allow-code"],
     )  # fmt: skip
-    assert listed.json == {"passes": ["factorize", "halve", "merge"]}
+    assert {"factorize", "halve", "merge"} <= set(listed.json["passes"])
     assert (refused.code, refused.error) == (2, "bad.yaml:1: passes.0.target: unknown key `target`; did you mean `targets`?")
     assert done.code == 0, done.err
     (decision,) = json.loads((tmp_path / "out" / "lrc" / "plan.json").read_text())["decisions"]
@@ -108,7 +108,7 @@ def registered() -> Iterator[None]:
 
 
 def test_a_pass_is_registered_from_python(registered: None) -> None:
-    assert PASSES.names() == ["factorize", "merge", "negate"]
+    assert {"factorize", "merge", "negate"} <= set(PASSES.names())
     model, x = tiny.mlp(), tiny.mlp_inputs(5, seed=9)
     spec = {"version": 1, "passes": [{"type": "negate", "targets": ["down"]}]}
     done = lrc.compile(tiny.captured_mlp(), spec)
@@ -130,5 +130,5 @@ def test_registering_twice_is_fine_and_another_rule_of_the_name_is_not(registere
 
 
 def test_an_unknown_pass_names_the_known_ones() -> None:
-    with pytest.raises(SpecError, match=r"unknown pass 'factorise'; known: factorize, merge\. Did you mean 'factorize'\?"):
+    with pytest.raises(SpecError, match=r"unknown pass 'factorise'; known: .*factorize, merge.*\. Did you mean 'factorize'\?"):
         lrc.compile(tiny.captured_mlp(), {"version": 1, "passes": [{"type": "factorise"}]})

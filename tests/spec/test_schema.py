@@ -65,10 +65,11 @@ def test_every_object_refuses_unknown_keys_and_describes_its_own(schema: dict[st
             assert "description" in field or name in ("type", "format") or "$ref" in field, f"{node['title']}.{name}"
 
 
-def choices(field: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """The bare words, and the tags of the mappings, that a field takes."""
+def choices(field: dict[str, Any], schema: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """The bare words, and the tags of the mappings, that a field takes; a mapping may be one of the schema's definitions."""
+    options = [schema["$defs"][o["$ref"].rsplit("/", 1)[-1]] if "$ref" in o else o for o in field["anyOf"]]
     words = {option["const"] for option in field["anyOf"] if "const" in option}
-    models = [option["properties"] for option in field["anyOf"] if "properties" in option]
+    models = [option["properties"] for option in options if "properties" in option]
     tags = {(p.get("type") or p.get("format") or {}).get("const") for p in models}
     return words, tags - {None}
 
@@ -80,7 +81,7 @@ def test_words_and_mappings_of_every_kind_are_offered(schema: dict[str, Any]) ->
     factorize = next(o for o in fields[PASSES]["anyOf"] if o.get("title") == "Factorize")
     fields[SOLVERS] = factorize["properties"]["solver"]
     for registry, field in fields.items():
-        words, tags = choices(field)
+        words, tags = choices(field, schema)
         assert words == tags == set(registry.names()), registry.kind
 
 

@@ -1,0 +1,21 @@
+"""How numbers are stored in a few bits: what a map keeps and a solver rounds to."""
+
+from lrc.formats.base import Encoded, NumberFormat
+from lrc.formats.choice import FORMATS, FormatField, format_of
+from lrc.formats.integer import Integer
+from lrc.formats.normalfloat import NormalFloat, normalfloat_values
+from lrc.formats.packing import pack, packed_bytes, unpack
+
+__all__ = [
+    "FORMATS",
+    "Encoded",
+    "FormatField",
+    "Integer",
+    "NormalFloat",
+    "NumberFormat",
+    "format_of",
+    "normalfloat_values",
+    "pack",
+    "packed_bytes",
+    "unpack",
+]

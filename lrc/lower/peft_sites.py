@@ -1,0 +1,140 @@
+"""What PEFT stores of one site, taken from a map, and put together to one again."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lrc.errors import LowerError
+from lrc.maps import Chain, ConvChain, Dropout, LinearMap, Lookup, RowNorm, Scale, Sum, frozen_base
+from lrc.maps.base import Slot, slot_weight
+from lrc.maps.low_rank import low_rank
+from lrc.program import Site
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An adapter `scaling * B @ A` of one site: B (out_features, rank), A (rank, in_features).
+
+    magnitude: the lengths of the rows of the sum, (out_features,), or None.
+    """
+
+    B: Tensor
+    A: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.A.shape[0]
+
+
+def split(made: LinearMap, fqn: str) -> tuple[Slot, Factors]:
+    """Return the base of an adapted map, and the adapters on it as one.
+
+    Raises LowerError where the map is no sum of a base and products of two matrices.
+    """
+    if isinstance(made, RowNorm):
+        base, found = split(whole(made.slots[0], fqn), fqn)
+        return base, Factors(found.B, found.A, found.scaling, made.magnitude.detach())
+    if not isinstance(made, Sum) or len(made.slots) < 2:
+        raise no_lora(fqn, made)
+    base, *branches = made.slots
+    factors = [factors_of(branch, fqn) for branch in branches]
+    if isinstance(base, Sum | RowNorm):
+        base, inner = split(base, fqn)
+        if inner.magnitude is not None:
+            raise no_lora(fqn, made)
+        factors.insert(0, inner)
+    return base, joined(factors)
+
+
+def whole(slot: Slot, fqn: str) -> LinearMap:
+    """Return a slot that is a map. Raises LowerError for a bare matrix."""
+    if not isinstance(slot, LinearMap):
+        raise LowerError(fqn, message="the map has no adapter")
+    return slot
+
+
+def no_lora(fqn: str, made: LinearMap) -> LowerError:
+    """Return the error of a map that PEFT knows no form of."""
+    return LowerError(
+        fqn, message=f"PEFT has no adapter of the form {made!r}", hint="Merge it (`type: merge`) and export the model"
+    )
+
+
+def joined(factors: list[Factors]) -> Factors:
+    """Return several adapters as one: side by side, scaled alike."""
+    first, *rest = factors
+    if not rest:
+        return first
+    B = torch.cat([first.B, *(f.B * (f.scaling / first.scaling) for f in rest)], 1)
+    return Factors(B, torch.cat([f.A for f in factors], 0), first.scaling)
+
+
+def factors_of(branch: Slot, fqn: str) -> Factors:
+    """Return the two factors of a branch: as they are stored where it is a product of two, else multiplied out.
+
+    Raises LowerError for a branch that is not linear, no product, or has a bias.
+    """
+    scaling = 1.0
+    while isinstance(branch, Scale) and branch.bias is None:
+        scaling, branch = scaling * branch.scale, branch.slots[0]
+    if isinstance(branch, Chain) and branch.bias is None:
+        kept = [slot for slot in branch.slots if not isinstance(slot, Dropout)]
+        if len(kept) == 2 and all(not isinstance(slot, LinearMap) or isinstance(slot, Lookup) for slot in kept):
+            B, A = (slot_weight(slot).detach() for slot in kept)  # of any rank, higher than the weight's own too
+            return Factors(B, A, scaling)
+        branch = kept[0] if len(kept) == 1 else branch
+    if isinstance(branch, ConvChain) and len(branch.kernels) == 2:
+        B, A = branch.kernels
+        return Factors(B.detach().flatten(1), A.detach().flatten(1), scaling)
+    found = low_rank(branch) if isinstance(branch, LinearMap) else None
+    if found is None or found.bias is not None:
+        raise LowerError(
+            fqn, message="the adapter is no product of two matrices, so PEFT cannot hold it",
+            hint="Merge it (`type: merge`) and export the model",
+        )  # fmt: skip
+    return Factors(found.B, found.A, scaling * found.scale)
+
+
+def doubled(now: Factors, initial: tuple[Tensor, Tensor]) -> Factors:
+    """Return an adapter of twice the rank that holds on the untouched base what `now` is on a base without `initial`.
+
+    s (B A - B0 A0) = s [B, -B0] [A; A0]: the change of the base is given back.
+    """
+    B0, A0 = (t.to(now.B) for t in initial)
+    return Factors(torch.cat([now.B, -B0], 1), torch.cat([now.A, A0], 0), now.scaling)
+
+
+def peft_tensors(prefix: str, site: Site, factors: Factors) -> dict[str, Tensor]:
+    """Return the tensors by PEFT's names, float32, contiguous."""
+    B, A, magnitude = factors.B, factors.A, factors.magnitude
+    if site.kind == "embedding":
+        named = {"lora_embedding_A": A, "lora_embedding_B": B}
+    else:
+        if site.kind == "conv":
+            kernel = site.layout.kernel  # type: ignore[attr-defined]  # of the layout of a convolution
+            A, B = A.reshape(A.shape[0], -1, *kernel), B.reshape(*B.shape, *(1,) * len(kernel))
+            magnitude = None if magnitude is None else magnitude.reshape(1, -1, *(1,) * len(kernel))
+        named = {"lora_A.weight": A, "lora_B.weight": B}
+    if magnitude is not None:
+        named["lora_magnitude_vector"] = magnitude
+    return {f"{prefix}.{name}": tensor.detach().float().contiguous() for name, tensor in named.items()}
+
+
+def adapted_map(site: Site, factors: Factors, base: LinearMap | None = None, dropout: float = 0.0) -> LinearMap:
+    """Return the site's map with an adapter on it. base: in place of what stands there now."""
+    B, A = (t.to(site.dtype).contiguous() for t in (factors.B, factors.A))
+    branch: LinearMap = site.layout.product(B, A, None)
+    if dropout and site.kind != "embedding":
+        left_out = Dropout(site.in_features, dropout, site.dtype)
+        inner = branch.slots if isinstance(branch, Chain) else (branch,)
+        branch = Chain(*inner, left_out, names=("B", "A", "dropout") if isinstance(branch, Chain) else ("kernels", "dropout"))
+    bias = None if site.bias is None else nn.Parameter(site.bias.detach(), requires_grad=False)
+    frozen = frozen_base(site.map) if base is None else base
+    added = (frozen, Scale(branch, factors.scaling))
+    if factors.magnitude is None:
+        return Sum(*added, bias=bias, names=("base", "adapter"))
+    return RowNorm(Sum(*added, names=("base", "adapter")), factors.magnitude.flatten().to(site.dtype), bias)

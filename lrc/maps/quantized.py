@@ -1,0 +1,104 @@
+"""A matrix in few bits: packed codes and their scales, decoded where it is applied."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrc.formats import Encoded, NumberFormat, format_of
+from lrc.maps.base import Affine, Cost, InParts, LinearMap, Structure, exact_bias
+
+
+class Quantized(InParts):
+    """y = weight x + bias, the weight (out_features, in_features) stored in a number format.
+
+    The packed tensors are buffers of the map, and not trained; gradients flow to x and to the bias. A cast of the model
+    changes the dtype that is computed in, never the packed tensors.
+    """
+
+    word: ClassVar[str] = "quantized"
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        shape: tuple[int, int],
+        form: NumberFormat,
+        dtype: torch.dtype = torch.float32,
+        bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.form = form
+        self.out_features, self.in_features = shape
+        self.names = tuple(encoded)
+        for name, tensor in encoded.items():
+            self.register_buffer(name, tensor)
+        self._dtype = dtype
+        self.set_bias(bias)
+
+    @classmethod
+    def of(cls, weight: Tensor, form: NumberFormat, bias: Tensor | None = None) -> "Quantized":
+        """Return the nearest map in a format to a weight (out_features, in_features)."""
+        return cls(form.encode(weight), (weight.shape[0], weight.shape[1]), form, weight.dtype, bias)
+
+    @property
+    def encoded(self) -> Encoded:
+        """The packed tensors."""
+        return {name: getattr(self, name) for name in self.names}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weight is decoded to."""
+        return self._dtype
+
+    @property
+    def packed_numbers(self) -> int:
+        """The weight's numbers, fewer those of the floating scales."""
+        scales = sum(tensor.numel() for tensor in self.encoded.values() if tensor.is_floating_point())
+        return self.out_features * self.in_features - scales
+
+    def decoded(self) -> Tensor:
+        """Return the weight (out_features, in_features) in the map's dtype."""
+        return self.form.decode(self.encoded, (self.out_features, self.in_features)).to(self._dtype)
+
+    def forward(self, x: Tensor, **context: Any) -> Tensor:
+        """Apply to (..., in_features)."""
+        return F.linear(x, self.decoded(), self.bias)
+
+    def exact(self) -> Affine:
+        """Return the decoded weight and the bias in float64."""
+        return Affine(self.decoded().double(), exact_bias(self.bias))
+
+    def cost(self, tokens: int = 1) -> Cost:
+        """Return m n numbers in the bytes of their packed tensors, and 2 m n FLOPs a token."""
+        size = self.out_features * self.in_features
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in self.encoded.values())
+        return Cost(size, stored, 2 * tokens * size) + self.bias_cost(tokens)
+
+    def structure(self) -> Structure:
+        """Return the format and the sizes."""
+        shape = [self.out_features, self.in_features]
+        return {"map": self.word, "format": self.form.model_dump(), "shape": shape, "bias": self.bias is not None}
+
+    @classmethod
+    def restored(cls, structure: Structure) -> "Quantized":
+        """Return an uninitialised map."""
+        form, (rows, columns) = format_of(dict(structure["format"])), structure["shape"]
+        bias = torch.empty(rows) if structure["bias"] else None
+        return cls(form.empty((rows, columns)), (rows, columns), form, torch.get_default_dtype(), bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LinearMap":
+        """Move or cast the map as `nn.Module` does, but leave the scales in their own dtype."""
+        scales = {id(getattr(self, name)) for name in self.names if name in self.form.floating}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in scales and moved.dtype != tensor.dtype else moved
+
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        made: LinearMap = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return made
+
+    def __repr__(self) -> str:
+        return f"Quantized[{self.form.name},{self.out_features},{self.in_features}]"

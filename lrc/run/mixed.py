@@ -1,0 +1,100 @@
+"""Sites that one solver decomposes one by one, beside the groups of them that another makes smaller as one.
+
+Both predict their losses in nats per token, from the same statistics. So one allocator decides, group by group, which way
+loses less at its share of the budget.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lrc.program import Program
+from lrc.ranks import Choice, GroupCurve, MixedCurve, SiteCurve, allocate_ranks
+from lrc.ranks.mixed import APART
+from lrc.run.budget import rest_of, unit_of
+from lrc.run.group_pass import curves_of, decide
+from lrc.run.groups import GroupStore, find_groups
+from lrc.run.learning import allocator, learning
+from lrc.run.plan import Decision
+from lrc.run.selection import Selected
+from lrc.run.session import Session
+from lrc.run.statistics import Terms
+from lrc.solvers import GroupOptions
+
+
+@dataclass(frozen=True)
+class Shared:
+    """How a budget was shared. choices: of sites that are decided one by one; decisions: those of groups; curves: of these."""
+
+    choices: Mapping[str, Choice]
+    decisions: tuple[Decision, ...]
+    curves: Mapping[str, GroupCurve]
+    notes: tuple[str, ...]
+
+
+def modules_of(program: Program, options: Any) -> GroupOptions | None:
+    """Return the solver of groups that a pass offers beside its own, or None."""
+    made: GroupOptions | None = options.solver.modules_solver() if hasattr(options.solver, "modules_solver") else None
+    offered = options.rank.budget and unit_of(options) != "ms" and options.form == "auto"
+    return made if offered and getattr(options.solver, "propagate", "dense") == "dense" else None
+
+
+def with_solver(options: Any, solver: GroupOptions) -> Any:
+    """Return the options of the pass with another solver."""
+    return options.model_copy(update={"solver": solver})
+
+
+def share_out(
+    program: Program,
+    session: Session,
+    options: Any,
+    index: int,
+    selected: Sequence[Selected],
+    curves: Mapping[str, SiteCurve],
+    terms: Terms,
+) -> Shared:
+    """Let the rank policy choose among the ranks of every site, and of groups of them where the solver offers any.
+
+    Where the allocation is learned, sites stand alone: only their truncation can be trained.
+    """
+    allocate, how = allocator(options)
+    solver = None if how is not None else modules_of(program, options)
+    groups = [] if solver is None else find_groups(program, list(curves), solver)
+    if solver is None or not groups:
+        found = allocate_ranks(
+            list(curves.values()), options.rank, allocate=allocate, round_to=options.round_to,
+            rest=rest_of(program, curves), search=learning(program, session, options, terms, how),
+        )  # fmt: skip
+        return Shared(found.choices, (), {}, found.notes)
+    grouped = with_solver(options, solver)
+    store = GroupStore(program, session, groups, grouped)
+    store.solve()
+    joint = curves_of(program, session, grouped, store)
+    mixed = {
+        g.name: MixedCurve(tuple(curves[s] for s in g.sites), joint[g.name], biases(program, curves, g.sites)) for g in groups
+    }
+    inside = {fqn for g in groups for fqn in g.sites}
+    offered = [*mixed.values(), *(curve for fqn, curve in curves.items() if fqn not in inside)]
+    found = allocate_ranks(offered, options.rank, allocate=allocate, round_to=options.round_to, rest=rest_of(program, curves))
+    unit = unit_of(options)
+    assert unit is not None, "groups are offered under a budget alone"
+    rules = {s.fqn: s for s in selected}
+    choices, decisions, chosen = dict(found.choices), [], {}
+    for group in groups:
+        choice = choices.pop(group.name)
+        if choice.rank is None or choice.form == APART:
+            choices |= mixed[group.name].apart(choice, unit, options.round_to)
+        else:
+            chosen[group.name] = joint[group.name]
+            decisions.append(decide(program, store, group, rules, choice, grouped, index))
+    return Shared(choices, tuple(decisions), chosen, found.notes)
+
+
+def biases(program: Program, curves: Mapping[str, SiteCurve], fqns: Sequence[str]) -> dict[Any, float]:
+    """Return what the curves of sites leave out of their costs: biases, which stay."""
+    sites = [program.sites[fqn] for fqn in fqns]
+    return {
+        "numbers": sum(curves[fqn].fixed("numbers") for fqn in fqns),
+        "bytes": sum(site.map.bias_cost(1).bytes for site in sites),
+        "flops": sum(curves[fqn].fixed("flops") for fqn in fqns),
+    }

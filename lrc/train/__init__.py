@@ -1,0 +1,1 @@
+"""Training what passes inserted: the loop, its objectives, data, schedules and checkpoints, and the optimisers in `optim`."""

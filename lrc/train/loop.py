@@ -1,0 +1,234 @@
+"""The training loop: batches, losses, steps, validation, checkpoints. Random numbers follow from seed and step alone."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrc.data import Batch
+from lrc.errors import DataError, TrainError
+from lrc.train.checkpoint import Checkpoints
+from lrc.train.data import Examples
+from lrc.train.recipes.base import Recipe
+from lrc.train.schedule import Schedule
+
+GROWTH = 1000.0  # times the first loss (or 1, if that is more): the run has diverged
+Row = dict[str, float]
+
+
+class Losses(Protocol):
+    """What turns a batch into a loss."""
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Return the mean loss of a batch, with its graph."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How the run is judged while it goes.
+
+    measure: returns a figure; every: steps between two; patience: how many without a gain before the run stops, or None;
+    greater: whether a greater figure is better.
+    """
+
+    measure: Callable[[], float]
+    every: int
+    patience: int | None = None
+    greater: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run goes. accumulate: batches a step; clip: largest norm of the gradient, or None; bfloat16: mixed precision."""
+
+    steps: int
+    batch_size: int = 16
+    accumulate: int = 1
+    clip: float | None = 1.0
+    schedule: Schedule = field(default_factory=Schedule)
+    bfloat16: bool = False
+    seed: int = 0
+    checkpoint_every: int = 100
+
+
+@dataclass
+class Loop:
+    """One training run over `parameters`, which it changes in place.
+
+    module: is put into training mode for a step and into eval mode else; buffers: what else a step changes (running
+    statistics). in_backward: the optimizer steps while gradients are computed (`PerLayer`). report: told the steps done.
+    """
+
+    module: nn.Module
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    examples: Examples
+    losses: Losses
+    optimizer: Optimizer
+    settings: Settings
+    checkpoints: Checkpoints
+    validation: Validation | None = None
+    in_backward: bool = False
+    recipe: Recipe = field(default_factory=Recipe)
+    report: Callable[[int, int], None] = lambda done, total: None
+    history: list[Row] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    rates: list[float] = field(default_factory=list)
+    epochs: dict[int, list[list[int]]] = field(default_factory=dict)
+
+    def run(self) -> list[Row]:
+        """Train to the last step, or until validation stops gaining; return what happened at every step.
+
+        A checkpoint of the same run is taken over. With a validation, the best parameters are left in place, else the last.
+        Raises TrainError for a loss or gradient that is not finite and for a run that diverges, DataError for too little data.
+        """
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        per_epoch = len(self.batches_of(0))
+        if per_epoch == 0:
+            raise DataError(
+                "train.data", expected=f"at least one batch, {self.settings.batch_size} samples (without a mask of one length)",
+                got=str(len(self.examples)), hint="Lower `batch_size`, or give more data",
+            )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            done = self.restore()
+            steps = self.settings.steps
+            self.report(done, steps)
+            while done < steps and not self.stopped():
+                self.history.append(self.step(done, per_epoch))
+                done += 1
+                if self.validation and (done % self.validation.every == 0 or done == steps):
+                    self.validate(done)
+                if done % self.settings.checkpoint_every == 0 or done == steps or self.stopped():
+                    self.checkpoints.save(done, self.state(done))
+                self.report(done, steps)
+        if self.best is not None:
+            self.load(self.best["parameters"], self.best["buffers"])
+        self.module.eval()
+        return self.history
+
+    def batches_of(self, epoch: int) -> list[list[int]]:
+        """Return the batches of an epoch; only the last ones asked for are remembered."""
+        if epoch not in self.epochs:
+            self.epochs = {epoch: self.examples.epoch(self.settings.batch_size, self.settings.seed, epoch)}
+        return self.epochs[epoch]
+
+    def step(self, done: int, per_epoch: int) -> Row:
+        """Take one step; return its figures."""
+        settings = self.settings
+        factor = settings.schedule.factor(done, settings.steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.module.train()
+        self.recipe.before(done)
+        total = 0.0
+        for micro in range(done * settings.accumulate, (done + 1) * settings.accumulate):
+            epoch, place = divmod(micro, per_epoch)
+            batches = self.batches_of(epoch)
+            batch = self.examples.batch(batches[place % len(batches)])
+            seed = settings.seed * 1_000_003 + micro
+            torch.manual_seed(seed)
+            with autocast(self.parameters, settings.bfloat16):
+                loss = self.losses(batch, torch.Generator().manual_seed(seed)) / settings.accumulate
+            penalty = self.recipe.penalty() if micro == done * settings.accumulate else None
+            total += float(loss.detach())
+            if not math.isfinite(total):
+                raise self.failure(done, f"the loss is {total}")
+            (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+        first = self.history[0]["loss"] if self.history else total
+        if total > GROWTH * max(first, 1.0):
+            raise self.failure(done, f"the loss has grown from {first:.4g} to {total:.4g}")
+        row = {"step": float(done + 1), "loss": total, "lr": self.optimizer.param_groups[0]["lr"]}
+        if not self.in_backward:
+            row["grad_norm"] = self.clipped(done)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.recipe.after(done)
+        return row
+
+    def clipped(self, done: int) -> float:
+        """Return the norm of the gradient, after shortening the gradient to the largest norm allowed."""
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if not grads:
+            raise self.failure(done, "no trained parameter has a gradient: the loss does not depend on any of them")
+        norm = float(nn.utils.get_total_norm(grads))
+        if not math.isfinite(norm):
+            names = [n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+            self.optimizer.zero_grad(set_to_none=True)
+            raise self.failure(done, f"the gradient is not finite, first at {names[0] if names else 'none of them alone'}")
+        if self.settings.clip is not None and norm > self.settings.clip:
+            for grad in grads:
+                grad.mul_(self.settings.clip / (norm + 1e-6))
+        return norm
+
+    def failure(self, done: int, what: str) -> TrainError:
+        """Return the error of a run that cannot go on: what happened, and where the last good state is."""
+        last = self.checkpoints.last()
+        kept = f"The last good checkpoint is {last.name} in {last.parent}" if last else "No checkpoint had been written yet"
+        return TrainError(f"train, step {done + 1}", message=what, hint=f"{kept}. Lower the learning rate, or set `clip`")
+
+    def validate(self, done: int) -> None:
+        """Measure, and remember the parameters where they are the best so far."""
+        assert self.validation is not None, "only called with a validation"
+        self.module.eval()
+        with torch.no_grad():
+            value = float(self.validation.measure())
+        self.history[-1]["validation"] = value
+        if not math.isfinite(value):
+            raise self.failure(done, f"the validation figure is {value}")
+        sign = 1 if self.validation.greater else -1
+        if self.best is None or sign * value > sign * self.best["value"]:
+            self.best = {"value": value, "step": done, **self.tensors()}
+
+    def stopped(self) -> bool:
+        """Say whether validation has not gained for as long as the patience lasts."""
+        if self.validation is None or self.validation.patience is None or self.best is None:
+            return False
+        measured = [row["step"] for row in self.history if "validation" in row]
+        best: float = self.best["step"]
+        return sum(step > best for step in measured) >= self.validation.patience
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return copies of everything that training changes in the model."""
+        return {
+            "parameters": {name: p.detach().clone() for name, p in self.parameters.items()},
+            "buffers": {name: b.detach().clone() for name, b in self.buffers.items()},
+        }
+
+    def state(self, done: int) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on, as plain data and tensors."""
+        return {
+            "step": done, "optimizer": self.optimizer.state_dict(), "history": self.history, "best": self.best,
+            "recipe": self.recipe.state(),
+            **self.tensors(),
+        }  # fmt: skip
+
+    def restore(self) -> int:
+        """Take over the newest checkpoint; return the steps that it had done."""
+        found = self.checkpoints.newest()
+        if found is None:
+            return 0
+        self.load(found["parameters"], found["buffers"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.recipe.load(found["recipe"])
+        self.history, self.best = list(found["history"]), found["best"]
+        return int(found["step"])
+
+    @torch.no_grad()
+    def load(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Copy values into the model."""
+        for held, given in ((self.parameters, parameters), (self.buffers, buffers)):
+            for name, value in given.items():
+                held[name].copy_(value)
+
+
+def autocast(parameters: Mapping[str, Tensor], bfloat16: bool) -> AbstractContextManager[Any]:
+    """Return the context of mixed precision on the device of the parameters."""
+    if not bfloat16:
+        return nullcontext()
+    device = next(iter(parameters.values())).device.type
+    return torch.autocast(device, dtype=torch.bfloat16)

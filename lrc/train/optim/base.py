@@ -1,0 +1,56 @@
+"""What an optimiser of the spec is given, and how one is registered."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+from pydantic import Field
+from torch import Tensor
+
+from lrc.spec.base import Tagged
+from lrc.spec.registry import OPTIMIZERS, Rule
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class OptimizerOptions(Tagged):
+    """Options that every optimiser has."""
+
+    lr: float = Field(default=1e-3, ge=0, description="Learning rate.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False, description="Decay of the two running means.")
+    eps: float = Field(default=1e-8, ge=0, description="Added to the root of the mean square.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled; matrices alone decay, not biases, norms and gates.")
+    per_layer: ClassVar[bool] = True
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the options as keyword arguments of the optimiser's class."""
+        return self.model_dump(exclude={"type"})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, by name. gates: names of diagonals that are thresholded; pairs: names (A, B) of products B A."""
+
+    parameters: Mapping[str, Tensor]
+    gates: frozenset[str] = frozenset()
+    pairs: tuple[tuple[str, str], ...] = field(default=())
+
+    def groups(
+        self, *, matrices: Mapping[str, Any] | None = None, gates: Mapping[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return parameter groups for `torch.optim`: matrices with their options, vectors, and gates with theirs.
+
+        Vectors (biases, norms) and gates do not decay; a group without parameters is left out.
+        """
+        kinds: dict[str, list[Tensor]] = {"matrices": [], "vectors": [], "gates": []}
+        for name, value in self.parameters.items():
+            kinds["gates" if name in self.gates else "matrices" if value.ndim > 1 else "vectors"].append(value)
+        options = {"matrices": dict(matrices or {}), "vectors": {"weight_decay": 0.0}}
+        options["gates"] = {"weight_decay": 0.0, **(gates or {})}
+        return [{"params": kinds[kind], **options[kind]} for kind in kinds if kinds[kind]]
+
+
+def optimizer(options: type[OptimizerOptions]) -> Callable[[Callable[P, R]], Rule[P, R]]:
+    """Tie a function `(trained, options) -> torch.optim.Optimizer` to its options model (see `lrc.spec.registry`)."""
+    return OPTIMIZERS.rule(options)

@@ -1,0 +1,12 @@
+"""Recipes: methods that hang on training; one file each, found through the registry."""
+
+from typing import Any
+
+from lrc.spec.registry import Rule
+from lrc.train.recipes.base import Context, Recipe, RecipeOptions, recipe
+from lrc.train.recipes.maestro import maestro
+from lrc.train.recipes.sora import sora
+
+BUILTIN: tuple[Rule[Any, Any], ...] = (maestro, sora)
+
+__all__ = ["BUILTIN", "Context", "Recipe", "RecipeOptions", "recipe"]

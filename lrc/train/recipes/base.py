@@ -1,0 +1,63 @@
+"""What hangs on training: a penalty, something before and after every step, and a last word on the maps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lrc.program import Program
+from lrc.spec.base import Tagged
+from lrc.spec.registry import RECIPES, Rule
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class RecipeOptions(Tagged):
+    """Options of a recipe."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a recipe is given. fqns: the trained sites; gates: names of gates; steps, per_epoch: of the run, in steps."""
+
+    program: Program
+    fqns: Sequence[str]
+    parameters: Mapping[str, Tensor]
+    gates: Sequence[str]
+    optimizer: Optimizer
+    steps: int
+    per_epoch: int
+    seed: int = 0
+
+
+class Recipe:
+    """A recipe that does nothing; others override what they need. `done` counts finished steps."""
+
+    def before(self, done: int) -> None:
+        """Get ready for a step."""
+
+    def penalty(self) -> Tensor | None:
+        """Return what is added to the loss of a step, with its graph, or None."""
+        return None
+
+    def after(self, done: int) -> None:
+        """Act on the parameters after a step."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain data and tensors."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned."""
+
+    def finish(self) -> list[str]:
+        """Leave the program as the method says when training is over; return what the plan should mention."""
+        return []
+
+
+def recipe(options: type[RecipeOptions]) -> Callable[[Callable[P, R]], Rule[P, R]]:
+    """Tie a function `(context, options) -> Recipe` to its options model (see `lrc.spec.registry`)."""
+    return RECIPES.rule(options)

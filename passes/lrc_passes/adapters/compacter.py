@@ -1,0 +1,86 @@
+"""compacter: a bottleneck after the weight, whose two projections are sums of Kronecker products.
+
+X  ->  Chain(adapter: Bottleneck(up: Kronecker, down: Kronecker), base: X*)
+
+%h = linear(%x, fc.weight, fc.bias);  %y = %h + up(gelu(down(%h)))
+
+An activation stands in it, so there is nothing to merge: it is exported as the operations that it is.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lrc.initialisers import InitialiserOptions
+from lrc.maps import Bottleneck, Chain, Kronecker, LinearMap
+from lrc.program import Site
+from lrc.run import AdapterOptions, Keep, Place, adapter
+from lrc_passes.adapters.parts import biased_base, normal, own_biases
+
+
+class Compacter(AdapterOptions):
+    """PHM bottlenecks; `rank` is the width of the bottleneck, out_features / reduction where it is not given."""
+
+    type: Literal["compacter"] = "compacter"
+    n: int = Field(default=4, ge=1, description="Summands; it divides the features and the width of the bottleneck.")
+    reduction: int = Field(default=32, ge=1, description="Features over the width of the bottleneck.")
+    phm_rank: int | None = Field(default=1, ge=1, description="Rank of the fast factors; null: full matrices (PHM adapters).")
+    shared_rule: bool = Field(default=True, description="Whether all sites of the pass share one slow rule.")
+    rule_std: float = Field(default=1e-4, gt=0, description="Standard deviation of the slow rule at the start.")
+    activation: Literal["gelu_new", "gelu", "relu", "silu", "tanh"] = Field(
+        default="gelu_new", description="Between the two projections."
+    )
+    default_alpha: ClassVar[float | None] = None
+    default_init: ClassVar[InitialiserOptions | None] = None
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding"})
+
+    def rank_for(self, shape: tuple[int, int]) -> int:
+        """Return the width of the bottleneck."""
+        return max(1, shape[0] // self.reduction)
+
+    def obstacle(self, site: Site, rank: int) -> str | None:
+        """Return that n does not divide what it has to, where it does not."""
+        if site.out_features % self.n or rank % self.n:
+            return f"n = {self.n} does not divide {site.out_features} features and a bottleneck of {rank}"
+        return super().obstacle(site, rank)
+
+
+@adapter(Compacter)
+def compacter(place: Place, options: Compacter) -> LinearMap | Keep:
+    """X -> h + U act(D h), h = X* x + bias. Sources: Mahabadi et al. (2021), arXiv:2106.04647; section 3 and the code."""
+    reason = own_biases(place)
+    if reason is not None:
+        return Keep(reason)
+    if place.dropout:
+        place.notes.append("no dropout: the method has none")
+    features, width = place.site.out_features, place.rank
+    rule = place.shared.get("rule") if options.shared_rule else None
+    if rule is None:
+        rule = torch.nn.Parameter(normal(place, options.n, options.n, options.n, std=options.rule_std).to(place.site.dtype))
+        if options.shared_rule:
+            place.shared["rule"] = rule
+    down, up = projection(place, rule, features, width, options), projection(place, rule, width, features, options)
+    return Chain(Bottleneck(up, down, options.activation), biased_base(place, place.base()), names=("adapter", "base"))
+
+
+def projection(place: Place, rule: Tensor, in_features: int, out_features: int, options: Compacter) -> Kronecker:
+    """Return a PHM layer with a bias of zeros; its fast factors start uniform in ±sqrt(2) sqrt(6 / (rows + columns))."""
+    n, dtype = options.n, place.site.dtype
+    rows, columns = in_features // n, out_features // n
+    if options.phm_rank is None:
+        left, right = glorot(place, n, rows, columns), torch.eye(columns).expand(n, -1, -1).contiguous()
+    else:
+        left, right = glorot(place, n, rows, options.phm_rank), glorot(place, n, options.phm_rank, columns)
+    made = Kronecker(rule, left.to(dtype), right.to(dtype), torch.zeros(out_features, dtype=dtype))
+    if options.phm_rank is None:
+        made.T.requires_grad_(False)
+    return made
+
+
+def glorot(place: Place, n: int, rows: int, columns: int) -> Tensor:
+    """Return (n, rows, columns), every slice by Glorot's rule with gain sqrt(2)."""
+    bound = math.sqrt(2) * math.sqrt(6 / (rows + columns))
+    return torch.empty(n, rows, columns).uniform_(-bound, bound, generator=place.generator)

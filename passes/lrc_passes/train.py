@@ -1,0 +1,243 @@
+"""train: gradient steps on what passes put in place, or on the whole model; values change, structure does not.
+
+factorize, train   ->  Chain(B, A)                   B and A (and the bias) move
+adapt, train       ->  Sum(frozen W, Scale(B A))     B and A move, W does not
+
+The graph runs in the training mode of the captured module (dropout, batch normalisation, attention dropout) and is judged
+in eval mode. The captured module, and other programs that share its tensors, keep their values.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from lrc.data import Request
+from lrc.measure import digest
+from lrc.program import Program
+from lrc.program.modes import running_statistics
+from lrc.program.ownership import own
+from lrc.run import Decision, PassOptions, Session, program_pass
+from lrc.run.selection import select_sites
+from lrc.run.summary import summarize
+from lrc.spec.base import SpecModel
+from lrc.spec.registry import METRICS, OBJECTIVES, OPTIMIZERS, RECIPES, Registered
+from lrc.train.checkpoint import Checkpoints
+from lrc.train.data import DataField, Examples, load_examples, of_batches
+from lrc.train.loop import Loop, Settings
+from lrc.train.objectives import ObjectiveOptions
+from lrc.train.optim import OptimizerOptions, PerLayer
+from lrc.train.optim.adamw import AdamWOptions
+from lrc.train.recipes import Context, Recipe, RecipeOptions
+from lrc.train.schedule import Schedule, ScheduleField
+from lrc.train.select import Which, as_trained, trained_names
+from lrc_passes.train_run import Judge, Runs
+
+
+class ValidationSpec(SpecModel):
+    """How training is judged while it goes: by the loss on other data, or by a metric."""
+
+    data: DataField | None = Field(default=None, description="Data of the same kind, for the objective's loss.")
+    metric: Annotated[SpecModel, Registered(METRICS)] | None = Field(default=None, description="A metric with its dataset.")
+    every: int = Field(default=100, ge=1, description="Steps between two.")
+    patience: int | None = Field(default=None, ge=1, description="Stop after so many without a gain; never without it.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.data is None) == (self.metric is None):
+            raise ValueError("give `data`, for the loss on it, or `metric`")
+        return self
+
+
+class Train(PassOptions):
+    """Train what passes put in place, or the whole model."""
+
+    type: Literal["train"] = "train"
+    data: DataField | None = Field(
+        default=None, description="A file, a factory, or a mapping; the calibration data without it."
+    )
+    objective: Annotated[ObjectiveOptions, Registered(OBJECTIVES)] = Field(description="What is made smaller.")
+    optimizer: Annotated[OptimizerOptions, Registered(OPTIMIZERS)] = Field(
+        default=AdamWOptions(), description="How parameters move: a name, or a mapping with `type`."
+    )
+    schedule: ScheduleField = Field(default=Schedule(), description="The learning rate over the steps.")
+    parameters: Which = Field(
+        default="inserted",
+        description="Of the targets: what passes left trainable (inserted), that of adapt alone (adapters) or of other passes "
+        "(factors); all: every parameter of the model.",
+    )
+    also: list[str] = Field(default=[], description="Patterns of further parameters by name: `classifier.*`.")
+    steps: int | None = Field(default=None, ge=1, description="Updates; one epoch without `steps` and `epochs`.")
+    epochs: float | None = Field(default=None, gt=0, description="Times through the data, in place of `steps`.")
+    batch_size: int = Field(default=16, ge=1, description="Samples that run together.")
+    accumulate: int = Field(default=1, ge=1, description="Batches whose gradients are averaged for one step.")
+    clip: float | None = Field(default=1.0, gt=0, description="Largest norm of the gradient of all parameters together.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: products in 16 bits, by autocast; parameters keep theirs."
+    )
+    dropout: bool = Field(default=True, description="Use the model's own dropout rates.")
+    batch_norm: Literal["update", "frozen"] = Field(
+        default="update", description="Use and update the statistics of batches, or the stored ones."
+    )
+    per_layer: bool = Field(
+        default=False,
+        description="Update every parameter as soon as its gradient is known; needs `clip: null`, `accumulate: 1`.",
+    )
+    seed: int = Field(default=0, ge=0, description="Of the order of the data, dropout and all else.")
+    checkpoint_every: int = Field(default=100, ge=1, description="Steps between two checkpoints.")
+    recipe: Annotated[RecipeOptions | None, Registered(RECIPES, optional=True)] = Field(
+        default=None, description="A method that hangs on training: a name, or a mapping with `type`."
+    )
+    validation: ValidationSpec | None = Field(default=None, description="How it is judged on the way; the best state is kept.")
+    structural: ClassVar[bool] = False
+    looks_back: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give `steps` or `epochs`, not both")
+        if self.per_layer and (self.clip is not None or self.accumulate > 1):
+            raise ValueError("`per_layer` frees every gradient at once, so it needs `clip: null` and `accumulate: 1`")
+        return self
+
+    def datasets(self) -> dict[str, str]:
+        """Return the data files of training and of its validation."""
+        found = {} if self.data is None else {"data": self.data.dataset}
+        if self.validation is not None:
+            given = self.validation.data or self.validation.metric
+            dataset = getattr(given, "dataset", None)
+            found |= {"validation": dataset} if dataset else {}
+        return found
+
+
+@program_pass(Train)
+class TrainPass:
+    """Plan what is trained; apply trains it."""
+
+    def plan(self, program: Program, session: Session, options: Train, index: int) -> Sequence[Decision]:
+        """Return a decision for every site with trained numbers. Raises UsageError when there is nothing to train."""
+        chosen = chosen_sites(program, session, options, index)
+        names = set(trained_names(program, list(chosen), options.parameters, options.also, session.where(index)))
+        tensors = program.tensors()
+        decisions = []
+        for fqn, site in program.sites.items():
+            mine = {n for n in names if n.startswith(tuple(f"{use.module}." for use in site.uses))}
+            if fqn not in program.maps:
+                mine |= names & {program.names.canonical.get(site.weight_name, site.weight_name)}
+            names -= mine
+            if mine:
+                before = summarize(site.map)
+                note = f"{sum(tensors[n].numel() for n in mine)} numbers trained"
+                rule = chosen.get(fqn, "also" if options.parameters != "all" else "all")
+                decisions.append(Decision(index, options.type, (fqn,), rule, before, before, notes=(note,)))
+        if names:
+            count = sum(tensors[n].numel() for n in names)
+            session.notices.append(f"train: {len(names)} tensors outside all sites are trained too, {count} numbers")
+        return decisions
+
+    def apply(self, program: Program, session: Session, options: Train, decisions: Sequence[Decision]) -> Sequence[Decision]:
+        """Train, taking over the checkpoints of a killed run of the same content."""
+        index = decisions[0].index if decisions else 0
+        fqns = list(chosen_sites(program, session, options, index))
+        names = trained_names(program, fqns, options.parameters, options.also, session.where(index))
+        examples = examples_of(program, session, options, options.data, samples_seed=options.seed)
+        key = run_key(program, session, options, examples)
+        statistics = running_statistics(program) if options.batch_norm == "update" else frozenset()
+        parameters = own(program, names, statistics)
+        program.settle()
+        runs = Runs.of(program, session, options, [d.sites[0] for d in decisions])
+        session.notices += [f"train: {note}" for note in runs.notes]
+        per_epoch = max(1, len(examples.epoch(options.batch_size, options.seed, 0)))
+        steps = options.steps or max(1, math.ceil((options.epochs or 1) * per_epoch / options.accumulate))
+        make = OPTIMIZERS.for_options(options.optimizer)
+        trained = as_trained(parameters, runs.gates)
+        if options.per_layer:
+            optimizer: Any = PerLayer.of(trained, lambda part: make(part, options.optimizer))
+        else:
+            optimizer = make(trained, options.optimizer)
+        recipe = Recipe()
+        if options.recipe is not None:
+            about = Context(
+                program, [d.sites[0] for d in decisions], parameters, runs.gates, optimizer, steps,
+                max(1, per_epoch // options.accumulate), options.seed,
+            )  # fmt: skip
+            recipe = RECIPES.for_options(options.recipe)(about, options.recipe)
+        loop = Loop(
+            module=runs.student, parameters=parameters, buffers={n: program.tensors()[n] for n in sorted(statistics)},
+            examples=examples, losses=runs.loss, optimizer=optimizer,
+            settings=Settings(
+                steps=steps, batch_size=options.batch_size, accumulate=options.accumulate, clip=options.clip,
+                schedule=options.schedule, bfloat16=options.precision == "bfloat16", seed=options.seed,
+                checkpoint_every=options.checkpoint_every,
+            ),
+            checkpoints=Checkpoints(session.cache.folder / "train" / key[:32]),
+            validation=validation_of(program, session, options, runs), in_backward=options.per_layer, recipe=recipe,
+            report=lambda done, total: session.progress("train", done, total),
+        )  # fmt: skip
+        history = loop.run()
+        session.notices += [f"train: {note}" for note in recipe.finish()]
+        session.training.append(record(options, names, parameters, history, loop))
+        session.notices.append(f"train: {told(loop, history)}")
+        return [
+            Decision(**{**d.__dict__, "after": summarize(program.map_of(d.sites[0]))}) for d in decisions
+        ]  # fmt: skip
+
+
+def chosen_sites(program: Program, session: Session, options: Train, index: int) -> dict[str, str]:
+    """Return the sites that the patterns select, with the pattern that did; with the default, all of them."""
+    if options.targets == ["**"] and not options.ignore:
+        return dict.fromkeys(program.sites, "**")
+    return {s.fqn: s.rule for s in select_sites(program, session, options, index) if not s.keep}
+
+
+def examples_of(program: Program, session: Session, options: Train, data: Any, *, samples_seed: int) -> Examples:
+    """Read training or validation data as the objective reads it; without any, the calibration batches sample by sample."""
+    request = Request(
+        dataset="calibration", inputs=list(program.inputs.examples), task=program.task, tokenizer=program.origin.folder,
+        base=session.base, seed=samples_seed, allow_code=session.allow_code,
+    )  # fmt: skip
+    if data is None:
+        return of_batches(session.batches, request)
+    return load_examples(request, data, options.objective.reads)
+
+
+def run_key(program: Program, session: Session, options: Train, examples: Examples) -> str:
+    """Return the content hash of everything that the trained values depend on."""
+    teacher = session.original.digest() if session.original is not None and options.objective.teacher else ""
+    told = options.model_dump(mode="json", exclude={"checkpoint_every"})
+    return digest(
+        "train-1", program.digest(), teacher, told, list(examples.items), torch.__version__, torch.get_num_threads(),
+        torch.backends.cpu.get_cpu_capability(),
+    )  # fmt: skip
+
+
+def validation_of(program: Program, session: Session, options: Train, runs: Runs) -> Any:
+    """Return how the run is judged, or None."""
+    spec = options.validation
+    if spec is None:
+        return None
+    if spec.data is None:
+        return Judge.by_metric(program, session, spec)
+    examples = examples_of(program, session, options, spec.data, samples_seed=options.seed)
+    return Judge.by_loss(runs, examples, options.batch_size, spec)
+
+
+def record(
+    options: Train, names: Sequence[str], parameters: Any, history: Sequence[dict[str, float]], loop: Loop
+) -> dict[str, Any]:
+    """Return what the manifest and the report hold of a run."""
+    return {
+        "objective": options.objective.type, "optimizer": options.optimizer.type, "steps": len(history),
+        "parameters": sum(p.numel() for p in parameters.values()), "tensors": len(names),
+        "best_step": None if loop.best is None else loop.best["step"], "history": list(history),
+    }  # fmt: skip
+
+
+def told(loop: Loop, history: Sequence[dict[str, float]]) -> str:
+    """Return a run in words."""
+    text = f"{len(history)} steps, loss {history[0]['loss']:.4g} -> {history[-1]['loss']:.4g}"
+    if loop.best is not None:
+        text += f"; best validation {loop.best['value']:.4g} after step {loop.best['step']}, which is kept"
+    return text

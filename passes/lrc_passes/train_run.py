@@ -1,0 +1,120 @@
+"""What `train` runs: the student in both modes, the uncompressed teacher, losses and figures of validation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrc.data import Batch, Request
+from lrc.data.text import load_tokenizer
+from lrc.errors import DataError
+from lrc.program import Program
+from lrc.program.modes import training_graph
+from lrc.run import Session
+from lrc.spec.registry import METRICS, OBJECTIVES
+from lrc.train.data import Examples
+from lrc.train.loop import Validation
+from lrc.train.objectives import Step
+from lrc.train.taps import tapped
+from lrc.verify.metrics.base import Subject
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The modules of a run. student: in training mode; judged: the same tensors in eval mode; teacher: before the passes."""
+
+    student: nn.Module
+    judged: nn.Module
+    teacher: nn.Module | None
+    program: Program
+    options: Any
+    session: Session
+    notes: tuple[str, ...]
+    taps: tuple[str, ...]
+    gates: tuple[str, ...]
+
+    @classmethod
+    def of(cls, program: Program, session: Session, options: Any, fqns: Sequence[str]) -> "Runs":
+        """Make the modules; they share every tensor with the program."""
+        made = training_graph(program, dropout=options.dropout, batch_norm=options.batch_norm == "update")
+        student, judged = made.module, program.graph_module
+        teacher = session.original.graph_module if session.original is not None and options.objective.teacher else None
+        taps: tuple[str, ...] = ()
+        if options.objective.taps:
+            student, taps = tapped(program, student, list(fqns))
+            judged, _ = tapped(program, judged, list(fqns))
+            if session.original is not None:
+                teacher, _ = tapped(session.original, session.original.graph_module, list(fqns))
+        gates = [
+            f"{name}.{own}"
+            for name, module in student.named_modules()
+            if getattr(module, "word", None) == "gate"
+            for own, _ in module.named_parameters(recurse=False)
+            if own != "bias"
+        ]
+        return cls(student, judged, teacher, program, options, session, made.notes, taps, tuple(gates))
+
+    def loss(self, batch: Batch, generator: torch.Generator, *, judged: bool = False) -> Tensor:
+        """Return the objective's loss of a batch, in training or in eval mode."""
+        options = self.options.objective
+        mask_id, vocabulary = self.tokens()
+        step = Step(
+            batch, self.runner(self.judged if judged else self.student), self.teacher and self.runner(self.teacher),
+            self.program.task, generator, mask_id, vocabulary, self.taps, self.session.allow_code,
+        )  # fmt: skip
+        loss = OBJECTIVES.for_options(options)(step, options)
+        assert isinstance(loss, Tensor), "every objective returns a tensor"
+        return loss
+
+    def runner(self, module: nn.Module) -> Any:
+        """Return a function from a batch to the outputs of a module by name."""
+
+        def run(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            outputs: Mapping[str, Tensor] = module(**self.program.inputs.fill(batch))
+            return outputs
+
+        return run
+
+    def tokens(self) -> tuple[int | None, int]:
+        """Return the id of the mask token and the number of tokens, where masked_lm asks for them."""
+        folder = self.program.origin.folder
+        if self.options.objective.type != "masked_lm" or folder is None:
+            return None, 0
+        tokenizer: Any = load_tokenizer(folder)
+        return tokenizer.mask_token_id, len(tokenizer)
+
+
+class Judge:
+    """Makes validations."""
+
+    @staticmethod
+    def by_loss(runs: Runs, examples: Examples, batch_size: int, spec: Any) -> Validation:
+        """Return a validation by the mean loss in eval mode. Raises DataError for data smaller than a batch."""
+        batches = examples.epoch(min(batch_size, len(examples)), 0, 0)
+        if not batches:
+            raise DataError("train.validation", expected="at least one batch of data", got=str(len(examples)))
+
+        def measure() -> float:
+            losses = [
+                float(runs.loss(examples.batch(places), torch.Generator().manual_seed(i), judged=True))
+                for i, places in enumerate(batches)
+            ]
+            return sum(losses) / len(losses)
+
+        return Validation(measure, spec.every, spec.patience)
+
+    @staticmethod
+    def by_metric(program: Program, session: Session, spec: Any) -> Validation:
+        """Return a validation by a metric of `lrc.verify`, on its own dataset."""
+        options = spec.metric
+        request = Request(
+            dataset=options.dataset or "", inputs=list(program.inputs.examples), task=program.task,
+            tokenizer=program.origin.folder, base=session.base, draw=False, allow_code=session.allow_code,
+        )  # fmt: skip
+
+        def measure() -> float:
+            return float(METRICS.for_options(options)(Subject(program, request, session.original), options))
+
+        return Validation(measure, spec.every, spec.patience, greater=options.higher_is_better)

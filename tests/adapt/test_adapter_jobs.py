@@ -1,0 +1,141 @@
+"""`lrc merge` and `lrc extract-lora`, and what several adapters become together."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lrc
+from lrc.errors import LrcError
+from lrc.lower.peft_export import PeftExport, peft_folder
+from lrc.run.adapter_jobs import Combination, extract_lora, merge_adapters
+from lrc.solvers.combine import agreed, combine, dropped, trimmed
+
+
+def adapter(model: Path, folder: Path, seed: int, **options: Any) -> Path:
+    """Write an adapter with random numbers, as if it had been trained."""
+    options = {"rank": 2, "targets": ["**.q_proj", "**.down_proj"]} | options
+    made = lrc.compile(str(model), {"version": 1, "passes": [{"type": "adapt", **options}]})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.program.graph_module.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    peft_folder(made.program, PeftExport())[0].save(folder)
+    return folder
+
+
+def change_of(folder: Path, key: str) -> Tensor:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    held = load_file(folder / "adapter_model.safetensors")
+    A, B = (held[f"base_model.model.{key}.lora_{f}.weight"].double() for f in "AB")
+    return config["lora_alpha"] / config["r"] * B @ A
+
+
+KEY = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def two(llama: Path, tmp_path: Path) -> list[Path]:
+    return [adapter(llama, tmp_path / f"a{seed}", seed, rank=2 + seed) for seed in (0, 1)]
+
+
+def test_a_merged_model_is_a_stock_folder_with_the_sum_of_the_changes(llama: Path, two: list[Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    merge_adapters(lrc.capture(str(llama)), two, out, Combination(weights=(0.5, 2.0)))
+    assert "lrc" not in json.loads((out / "config.json").read_text())
+    merged, before = (AutoModelForCausalLM.from_pretrained(folder).get_submodule(KEY).weight for folder in (out, llama))
+    expected = 0.5 * change_of(two[0], KEY) + 2 * change_of(two[1], KEY)
+    assert torch.allclose((merged - before).double(), expected, atol=1e-5)
+
+
+def test_adapters_side_by_side_are_their_weighted_sum_exactly_and_svd_is_the_closest(
+    llama: Path, two: list[Path], tmp_path: Path
+) -> None:
+    cat, svd = tmp_path / "cat", tmp_path / "svd"
+    merge_adapters(lrc.capture(str(llama)), two, cat, Combination("cat", (1.0, -1.0)), as_adapter=True)
+    expected = change_of(two[0], KEY) - change_of(two[1], KEY)
+    assert torch.allclose(change_of(cat, KEY), expected, atol=1e-6)
+    assert json.loads((cat / "adapter_config.json").read_text())["r"] == 5
+    done = merge_adapters(lrc.capture(str(llama)), two, svd, Combination("svd", (1.0, -1.0), rank=3), as_adapter=True)
+    error = float((change_of(svd, KEY) - expected).norm())
+    assert error == pytest.approx(float(torch.linalg.svdvals(expected)[3:].norm()), rel=1e-4)
+    assert done["errors"][KEY] == pytest.approx(error / float(expected.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "dare_ties"])
+def test_every_way_of_combining_makes_a_model(method: Any, llama: Path, two: list[Path], tmp_path: Path) -> None:
+    merge_adapters(lrc.capture(str(llama)), two, tmp_path / "out", Combination(method, density=0.4))
+    ids = torch.arange(4, 12)[None]
+    assert bool(torch.isfinite(lrc.load(tmp_path / "out")(input_ids=ids).logits).all())
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (Combination("svd"), "needs a rank"),
+        (Combination(weights=(1.0,)), "one for each adapter"),
+        (Combination("best"), "expected one of linear"),  # type: ignore[arg-type]
+        (Combination(density=0.0), "in \\(0, 1\\]"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_written(
+    how: Combination, words: str, llama: Path, two: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(LrcError, match=words):
+        merge_adapters(lrc.capture(str(llama)), two, tmp_path / "out", how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_model_is_refused(bert: Path, two: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(LrcError, match="no site of the model"):
+        merge_adapters(lrc.capture(str(bert)), two, tmp_path / "out", Combination())
+
+
+def test_what_fine_tuning_changed_comes_back_as_an_adapter(llama: Path, tmp_path: Path) -> None:
+    tuned = tiny.copy_of(llama, tmp_path / "tuned")
+    held = load_file(tuned / "model.safetensors")
+    change = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).T @ torch.randn(
+        3, 32, generator=torch.Generator().manual_seed(1)
+    )
+    held[f"{KEY}.weight"] = held[f"{KEY}.weight"] + 0.1 * change
+    held["model.norm.weight"] = held["model.norm.weight"] + 0.5
+    save_file(held, tuned / "model.safetensors", metadata={"format": "pt"})
+    done = extract_lora(lrc.capture(str(llama)), lrc.capture(str(tuned)), tmp_path / "out", 3)
+    assert list(done["errors"]) == [KEY]
+    assert done["errors"][KEY] < 1e-5
+    assert done["not_in_the_adapter"] == ["model.norm.weight"]
+    assert torch.allclose(change_of(tmp_path / "out", KEY), 0.1 * change.double(), atol=1e-5)
+    lossy = extract_lora(lrc.capture(str(llama)), lrc.capture(str(tuned)), tmp_path / "lossy", 1)
+    S = torch.linalg.svdvals(change.double())
+    assert lossy["errors"][KEY] == pytest.approx(float(S[1:].norm() / S.norm()), rel=1e-3)
+
+
+def test_two_models_that_are_not_one_architecture_are_refused(llama: Path, bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(LrcError, match="one architecture"):
+        extract_lora(lrc.capture(str(llama)), lrc.capture(str(bert)), tmp_path / "out", 3)
+    with pytest.raises(LrcError, match="nothing to extract"):
+        extract_lora(lrc.capture(str(llama)), lrc.capture(str(llama)), tmp_path / "out", 3)
+
+
+def test_ties_keeps_the_large_entries_that_agree() -> None:
+    a, b = torch.tensor([[4.0, -1.0, 3.0, 0.1]]), torch.tensor([[2.0, 5.0, -1.0, 0.2]])
+    assert torch.equal(trimmed(a, 0.5), torch.tensor([[4.0, 0.0, 3.0, 0.0]]))
+    assert torch.equal(agreed([a, b], [1.0, 1.0]), torch.tensor([[3.0, 5.0, 3.0, (0.1 + 0.2) / 2]]))
+    made = combine([a, b], [1.0, 1.0], "ties", 0.5, torch.Generator())
+    assert torch.equal(made, torch.tensor([[3.0, 5.0, 3.0, 0.0]]))
+
+
+def test_dare_keeps_the_mean() -> None:
+    change = torch.ones(200, 200)
+    made = dropped(change, 0.25, torch.Generator().manual_seed(0))
+    assert set(made.unique().tolist()) == {0.0, 4.0}
+    assert float(made.mean()) == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(dropped(change, 1.0, torch.Generator()), change)

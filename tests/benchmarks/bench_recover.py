@@ -1,0 +1,66 @@
+"""Recovery by distillation: MiniLM at a share of its parameters, then some minutes of training on unlabelled sentences.
+
+    LRC_SHARED_DATA=... python tests/benchmarks/bench_recover.py --kept 0.3 --steps 600 --lr 5e-4
+
+Prints JSON: Spearman on STS-B dev before and after the training, its losses, and how long it took. The sentences are those
+of the train split, without their scores; dev is read for the figure alone.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_minilm_quality import LAYERS, WORK, minilm, score, sentences
+from common import show
+
+import lrc
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kept", type=float, default=0.3)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--lr", type=float, nargs="+", default=[5e-4])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--hidden", type=float, default=1.0)
+    parser.add_argument("--dropout", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--test", action="store_true", help="score the test split, which no setting was chosen on")
+    options = parser.parse_args()
+    split = "test" if options.test else "dev"
+    WORK.mkdir(parents=True, exist_ok=True)
+    program = lrc.capture(str(minilm()))
+    rows: list[dict[str, Any]] = [{"what": "dense", "spearman": round(score(program, split), 4)}]
+    with tempfile.TemporaryDirectory() as name:
+        data = str(sentences(Path(name)))
+        squeeze = {
+            "type": "factorize", "targets": LAYERS, "solver": {"type": "kfac", "fisher": "outputs"},
+            "rank": {"params_kept": options.kept}, "form": "two_factor",
+        }  # fmt: skip
+        calibration = {"dataset": data, "samples": 256, "max_length": 128, "seed": options.seed}
+        spec = {"version": 1, "calibration": calibration, "passes": [squeeze]}
+        done = lrc.compile(program, spec, cache=WORK / "cache")
+        rows.append({"what": "factorize", "spearman": round(score(done.program, split), 4)})
+        print(rows, flush=True)
+        for lr in options.lr:
+            train = {
+                "type": "train", "data": data, "steps": options.steps, "batch_size": options.batch, "seed": options.seed,
+                "dropout": options.dropout, "objective": {"type": "distillation", "hidden": options.hidden},
+                "optimizer": {"type": "adamw", "lr": lr}, "schedule": {"type": "cosine", "warmup_ratio": 0.05},
+            }  # fmt: skip
+            start = time.perf_counter()
+            trained = lrc.compile(program, spec | {"passes": [squeeze, train]}, cache=WORK / "cache")
+            losses = [row["loss"] for row in trained.training[0]["history"]]
+            rows.append({
+                "what": "factorize, train", "lr": lr, "steps": options.steps, "batch": options.batch,
+                "spearman": round(score(trained.program, split), 4), "seconds": round(time.perf_counter() - start, 1),
+                "loss": [round(sum(losses[i : i + 20]) / len(losses[i : i + 20]), 5) for i in (0, len(losses) // 2, -20)],
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    show("Recovery of MiniLM by distillation", rows, split=split, kept=options.kept)
+
+
+if __name__ == "__main__":
+    main()
