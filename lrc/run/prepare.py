@@ -89,6 +89,7 @@ def prepare(
         spec_path=file,
         progress=progress,
         has_data=calibration is not None or document.calibration is not None,
+        by_block=document.calibration.by_block if document.calibration else "auto",
     )
     return Prepared(program, document, file, session)
 
