@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lrc.data import Batch, Batches
 from lrc.measure.cache import Cache
-from lrc.measure.cotangents import IGNORED, has_classes, labels_of, without_padding
+from lrc.measure.cotangents import has_classes, labels_of, without_padding
 from lrc.program import Program
 from lrc.program.readout import readout
 from lrc.ranks.candidates import Budget, Candidates

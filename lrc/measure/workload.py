@@ -76,7 +76,7 @@ def shapes_per_use(program: Program, site: Site, shapes: Shapes) -> tuple[tuple[
         raise SiteError(
             site.fqn, message="its time depends on how large the bags are", hint="Choose a budget of parameters or size",
         )  # fmt: skip
-    bound = _bound(program, shapes)
+    bound = bound_sizes(program, shapes)
     return tuple(_shape(program.nodes[use.input], bound, site.fqn) for use in site.uses if use.layout is None)
 
 
@@ -87,12 +87,12 @@ def rows_per_sample(program: Program, site: Site, shapes: Sequence[Shapes]) -> f
     """
     numbers = 0
     for of_batch in shapes:
-        bound = _bound(program, of_batch)
+        bound = bound_sizes(program, of_batch)
         numbers += sum(prod(_shape(program.nodes[use.node], bound, site.fqn)) for use in site.uses if use.layout is None)
     return numbers / site.out_features / sum(samples_in(program, of_batch) for of_batch in shapes)
 
 
-def _bound(program: Program, shapes: Shapes) -> dict[Any, int]:
+def bound_sizes(program: Program, shapes: Shapes) -> dict[Any, int]:
     """Return what the symbols of the traced inputs stand for."""
     bound: dict[Any, int] = {}
     for node in program.graph_module.graph.find_nodes(op="placeholder"):

@@ -113,7 +113,7 @@ def untie(model: nn.Module) -> None:
 
 def joint_factors(program: Program) -> dict[str, str]:
     """Return the names of a head's factors, each with that of the same one in the table which the head shares."""
-    found = {}
+    found: dict[str, str] = {}
     for fqn in program.maps:
         placed, uses = program.placed(fqn), program.site(fqn).uses
         for table in [use.module for use in uses if use.layout is not None]:

@@ -22,7 +22,7 @@ def owned(model: nn.Module, fqn: str) -> bool:
     return bool(owner) and (type(parent) in OWNERS or isinstance(parent, MAPPED))
 
 
-def place(model: nn.Module, fqn: str, made: LinearMap) -> None:
+def place(model: nn.Module, fqn: str, made: nn.Module) -> None:
     """Put a map at a name: in place of the module there, or of the weight of that name in a module that owns several.
 
     Such a module (`nn.MultiheadAttention`) is replaced by one that calls maps. Raises AttributeError where there is neither.
@@ -36,5 +36,6 @@ def place(model: nn.Module, fqn: str, made: LinearMap) -> None:
     if not isinstance(parent, MAPPED):
         parent = OWNERS[type(parent)](parent)
         model.set_submodule(owner, parent)
+    assert isinstance(made, LinearMap), "only maps stand for the weights of such a module"
     made.train(parent.training)
     parent.put(name, made)

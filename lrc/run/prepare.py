@@ -90,6 +90,7 @@ def prepare(
         progress=progress,
         has_data=calibration is not None or document.calibration is not None,
         allow_code=allow_code,
+        by_block=document.calibration.by_block if document.calibration else "auto",
     )
     return Prepared(program, document, file, session)
 
