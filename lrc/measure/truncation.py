@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lrc.data import Batch, Batches
+from lrc.data.batches import IGNORED
 from lrc.measure.cache import Cache
 from lrc.measure.cotangents import has_classes, labels_of, without_padding
 from lrc.program import Program
