@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
-from lrc.maps import Chain, Conv, Dense, Lookup
+from lrc.maps import Chain, Conv, Dense, Lookup, SharedLookup
 from lrc.program import Program
 from lrc.program.checks import need_transformers
 from lrc.program.graft import graft, share, shared_factors
@@ -113,7 +113,8 @@ def separate_shared_maps(program: Program, model: nn.Module) -> list[str]:
     """Give every use of a weight that several modules share its own copy: transformers knows no such sharing."""
     notes = []
     for fqn in program.maps:
-        uses = list(program.placed(fqn))
+        tables = [use.module for use in program.site(fqn).uses if use.layout is not None]
+        uses = [module for module in program.placed(fqn) if module not in tables]
         for other in uses[1:]:
             model.set_submodule(other, _copied(model.get_submodule(other)))
             notes.append(
@@ -140,7 +141,10 @@ def give_own_memory(program: Program, model: nn.Module) -> list[str]:
             for name, p in module.named_parameters(remove_duplicate=False)
             if (count := holders[p.untyped_storage().data_ptr()]) > 1 or not p.is_contiguous()
             if not (
-                isinstance(module, Chain) and "." not in name and once.get(f"{place}.{name}") == count and p.is_contiguous()
+                isinstance(module, Chain | SharedLookup)
+                and "." not in name
+                and once.get(f"{place}.{name}") == count
+                and p.is_contiguous()
             )
         ]
         if shared:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrc.errors import SiteError, UsageError
-from lrc.maps import LinearMap, frozen_base
+from lrc.maps import LinearMap, frozen_base, looked_up
 from lrc.program.adapted import Adapted
 from lrc.program.edits import put, raise_uses
 from lrc.program.find import consumers, find_products
@@ -153,6 +153,9 @@ class Program:
         self.adapters.pop(fqn, None)
         first = site.uses[0].bias
         for use in site.uses:
+            if use.layout is not None:
+                put(self.graph_module, use.module, self._table(site, made))
+                continue
             own = made if use.bias == first else made.with_bias(self._own_bias(made, first, use.bias))
             if own is not made and own.bias is not None:
                 own.bias.requires_grad_(not self.frozen)
@@ -161,6 +164,18 @@ class Program:
             self.sites[fqn] = replace(site, shape=shape)
         if settle:
             self.settle()
+
+    def join(self, fqn: str) -> None:
+        """Let one map stand for a head and for the embeddings that share its weight. Numbers stay; doing so twice is once."""
+        site = self.site(fqn)
+        if not site.joint:
+            self.sites[fqn] = site.shared()
+
+    def _table(self, site: Site, made: LinearMap) -> LinearMap:
+        try:
+            return looked_up(made)
+        except TypeError as error:
+            raise SiteError(site.fqn, message=f"an embedding shares the weight, and {error}", hint="Untie it first") from error
 
     def narrow(self, nodes: Iterable[str], features: int) -> None:
         """Say that values have `features` in their last dimension now, as maps of another shape have made it."""
@@ -255,37 +270,14 @@ class Program:
 
     def module(self) -> nn.Module:
         """Return a module that takes and returns what the captured one did."""
+        from lrc.program.as_module import Callable_
+
         return Callable_(self)
 
     def __str__(self) -> str:
         from lrc.program.text import program_text
 
         return program_text(self)
-
-
-class Callable_(nn.Module):  # noqa: N801 - not for users; its class name shows in a repr only
-    """A program as a module: the graph's own tree of parameters, called and answering as the captured module did."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__()
-        for name, child in program.graph_module.named_children():
-            self.add_module(name, child)
-        for name, parameter in program.graph_module.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in program.graph_module.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
-        self._program = (program,)  # in a tuple, so that its parameters are not registered a second time
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program; the result has the type that the captured module returned."""
-        program = self._program[0]
-        outputs = program(*args, **kwargs)
-        spec, fixed = program.calling.out_spec, program.calling.fixed
-        if spec is None:
-            return outputs
-        tensors = iter(outputs.values())
-        leaves = [fixed[i] if i in fixed else next(tensors) for i in range(spec.num_leaves)]
-        return pytree.tree_unflatten(leaves, spec)
 
 
 def stored_tensors(graph_module: fx.GraphModule) -> dict[str, Tensor]:

@@ -75,10 +75,10 @@ class RankedOptions(PassOptions):
     )
     round_to: int = Field(default=1, ge=1, description="Ranks are multiples of this.")
     at: Workload = Field(default=Workload(), description="Shapes that a budget of FLOPs or time counts at.")
-    tied: Literal["keep", "untie", "error"] = Field(
+    tied: Literal["keep", "untie", "joint", "error"] = Field(
         default="keep",
         description="A weight that something else reads too (a head that shares the embedding): leave it dense, give the "
-        "linear its own map, or refuse.",
+        "linear its own map, let one product stand for both, or refuse.",
     )
 
     def obstacle_at(self, site: Site) -> str | None:

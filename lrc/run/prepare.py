@@ -93,6 +93,7 @@ def prepare(
         evaluation=Evaluation(document.evaluate, request_for(program, document, base, allow_code=allow_code)),
         pareto=document.pareto,
         allow_code=allow_code,
+        by_block=document.calibration.by_block if document.calibration else "auto",
     )
     return Prepared(program, document, file, session)
 

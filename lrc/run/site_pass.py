@@ -101,6 +101,9 @@ class RankedSitePass(SitePass):
             return plan_groups(program, session, options, index)
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
+        for fqn in free if options.tied == "joint" else ():
+            if program.sites[fqn].lookups:
+                program.join(fqn)
         check_shapes(program, session, options)
         check_budget(program, session, options, free)
         check_sweep(program, session, options)

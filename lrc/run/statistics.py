@@ -89,7 +89,7 @@ class Terms:
         terms = self._spectra[site.fqn]
         further = fronts(site, self._choices.get(site.fqn, {}), self._losses.get(site.fqn, {}))
         raised = site.fqn in site.program.maps
-        without = site.bias is None if raised else any(use.bias is None for use in site.uses)
+        without = site.bias is None if raised else any(use.bias is None for use in site.uses if use.layout is None)
         added = without and (terms.mean is not None or site.bias is not None)
         return replace(
             outline_of(site, form, len(terms.S)),

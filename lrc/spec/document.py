@@ -38,6 +38,11 @@ class CalibrationSpec(SpecModel):
     batch_size: int = Field(default=16, ge=1, description="Samples that run together.")
     seed: int = Field(default=0, ge=0, description="Of the draw and of every random number after it.")
     text_column: str | None = Field(default=None, description="The column of text in .jsonl and .csv files.")
+    by_block: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Hold the activations of one block at a time where gradients are measured, and compute them a second time; "
+        "auto: where those of a batch would take more than 1 GiB.",
+    )
     cache: str | None = Field(default=None, description="Where statistics are kept; .lrc-cache beside the output.")
 
 
