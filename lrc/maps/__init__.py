@@ -1,6 +1,7 @@
 """The algebra of linear maps: leaves, composites, what they cost, and how they fold together."""
 
 from lrc.maps.bag import Bag
+from lrc.maps.bag_layout import Bags
 from lrc.maps.base import Affine, Cost, LinearMap, Structure
 from lrc.maps.blocks import Blocks
 from lrc.maps.bottleneck import ACTIVATIONS, Bottleneck
@@ -10,7 +11,7 @@ from lrc.maps.dropout import Dropout
 from lrc.maps.fold import fold
 from lrc.maps.gate import Gate
 from lrc.maps.kronecker import Kronecker
-from lrc.maps.layouts import Bags, Indices, JointRows, Layout, Patches, Rows, planned
+from lrc.maps.layouts import Indices, JointRows, Layout, Patches, Rows, planned
 from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen, frozen_base
 from lrc.maps.lookup import Lookup
 from lrc.maps.low_rank import Factors, low_rank

@@ -16,7 +16,9 @@ from lrc.maps.drop import drop_closed_gates, drop_empty_terms, drop_identity, ho
 from lrc.maps.fold import alike, fold, pointwise
 from lrc.maps.leaves import Dense
 from lrc.maps.pivoted import Pivoted
+from lrc.maps.quantized import Quantized
 from lrc.maps.row_norm import RowNorm
+from lrc.maps.sparse import Sparse
 
 
 class Folded(NamedTuple):
@@ -181,7 +183,7 @@ def multiply_out(made: LinearMap) -> LinearMap | None:
 
 
 def _foldable(slot: Slot) -> bool:
-    return not isinstance(slot, LinearMap) or (slot.obstacle() is None and not isinstance(slot, Pivoted))
+    return not isinstance(slot, LinearMap) or (slot.obstacle() is None and not isinstance(slot, Pivoted | Quantized | Sparse))
 
 
 def _combined(made: LinearMap, left: Slot, right: Slot) -> Affine:

@@ -25,7 +25,7 @@ def choices_of(site: Site, options: Any, rank: int) -> Choices:
     layout = site.layout
     if not isinstance(layout, Patches) or not (options.rank.budget or kernel_form(options.form)):
         return {}
-    if options.solver.type == "dobi" or not isinstance(options.allocate, str) or options.allocate == "learned":
+    if options.solver.type == "dobi" or options.allocate.type == "learned":
         return {}  # ranks that are learned are those of two factors
     size, found = layout.size(site.shape), {}
     for form in kernel_forms(layout, options.form):

@@ -86,7 +86,8 @@ def test_nothing_else_is_left_beside_it_but_the_cache(finished: Finished) -> Non
 def test_the_manifest_tells_what_a_repetition_needs(finished: Finished) -> None:
     manifest = json.loads((finished.path / "lrc" / "manifest.json").read_text())
     assert set(manifest) == {
-        "format", "model", "task", "environment", "seed", "artifacts", "parity", "failures", "sha256", "seconds", "peak_memory"
+        "format", "model", "task", "environment", "seed", "artifacts", "parity", "failures", "training", "sha256", "seconds",
+        "peak_memory",
     }  # fmt: skip
     assert manifest["task"] == "sentence-similarity"
     assert manifest["failures"] == []

@@ -130,5 +130,5 @@ def test_registering_twice_is_fine_and_another_rule_of_the_name_is_not(registere
 
 
 def test_an_unknown_pass_names_the_known_ones() -> None:
-    with pytest.raises(SpecError, match=r"unknown pass 'factorise'; known: .*factorize, merge.*\. Did you mean 'factorize'\?"):
+    with pytest.raises(SpecError, match=r"unknown pass 'factorise'; known: .*factorize, .*merge.*'factorize'"):
         lrc.compile(tiny.captured_mlp(), {"version": 1, "passes": [{"type": "factorise"}]})
