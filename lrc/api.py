@@ -262,6 +262,6 @@ def register_pass(rule: Rule[Any, Any]) -> None:
 
 
 __all__ = [
-    "Adapters", "Compiled", "Finished", "adapters_of", "capture", "compile", "compile_to_folder", "load", "plan", "register_pass",
-    "set_adapter",
+    "Adapters", "Compiled", "Finished", "adapters_of", "capture", "compile", "compile_to_folder", "load", "plan",
+    "register_pass", "set_adapter",
 ]  # fmt: skip

@@ -40,7 +40,7 @@ def share_read(source: nn.Module, target: nn.Module, names: list[str]) -> None:
             owner, _, last = name.rpartition(".")
             old, new = pair(owner)
             child: Any = old._modules[last]
-            pairs[name] = (child, new._modules.setdefault(last, nn.Module()))  # type: ignore[assignment]  # none is None
+            pairs[name] = (child, new._modules.setdefault(last, nn.Module()))
         return pairs[name]
 
     for name in names:

@@ -60,7 +60,8 @@ class Program:
     work a site has taken over: an identity stands for them. measured: buffers that a pass has given other numbers. modules:
     what else passes put in the place of a module of the user's (a norm), by its name. inserted: names of modules that have no
     place there, with the reason. adapters: what is remembered of the adapters among them; frozen: nothing but adapters is
-    trained; raised: the sites whose nodes are calls; changed: names of stored tensors outside maps that training gave other values than the captured module's.
+    trained; raised: the sites whose nodes are calls; changed: names of stored tensors outside maps that training gave other
+    values than the captured module's.
     """
 
     graph_module: fx.GraphModule

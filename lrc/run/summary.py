@@ -1,6 +1,7 @@
 """Maps in numbers, for decisions: of a map that exists, and of a low-rank product that is only planned."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -20,7 +21,8 @@ def standing(site: Site) -> Summary:
     """Return the text and cost of what stands at a site; sites of one shape that no pass has touched are alike."""
     if site.fqn in site.program.maps:
         return summarize(site.map)
-    return untouched(site.layout, site.shape, site.dtype, site.uses[0].bias is not None)
+    layout: Any = site.layout  # layouts are frozen, which their protocol does not say
+    return untouched(layout, site.shape, site.dtype, site.uses[0].bias is not None)
 
 
 @lru_cache(maxsize=256)

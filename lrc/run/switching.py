@@ -26,8 +26,8 @@ class Adapters:
     """Named adapters that share one frozen base, one of them active, or none.
 
     Those that the program already has are called `default`. Everything else of the program acts on the active one: calls,
-    training, merging and exports. Grafted trees that this object has made, and modules, switch with the program. An optimiser made
-    while an adapter is active trains that adapter alone; the others keep their numbers.
+    training, merging and exports. Grafted trees that this object has made, and modules, switch with the program. An optimiser
+    made while an adapter is active trains that adapter alone; the others keep their numbers.
     """
 
     def __init__(self, program: Program, name: str = "default") -> None:
@@ -49,7 +49,7 @@ class Adapters:
         return tuple(self._maps)
 
     def load(self, name: str, folder: str | Path) -> None:
-        """Read a PEFT folder under a name, and make it active. Raises UsageError for a name that is taken, or no fitting folder."""
+        """Read a PEFT folder under a name, and make it active. Raises UsageError for a taken name or a folder that does not fit."""
         if not name or name in self._maps:
             raise UsageError(
                 "adapters", expected="a name that is not taken", got=repr(name), hint=f"Taken: {', '.join(self.names)}"
@@ -154,8 +154,9 @@ def base_of(program: Program, fqn: str) -> LinearMap | None:
     inner = made.inner if isinstance(made, RowNorm) else made
     if not isinstance(inner, Sum) or inner.names != ("base", "adapter") or program.adapters[fqn].initial is not None:
         return None
-    base = inner.base if isinstance(inner.base, LinearMap) else program.sites[fqn].layout.dense(inner.base, None)
-    return base.with_bias(made.bias)
+    base: Any = inner.base
+    held = base if isinstance(base, LinearMap) else program.sites[fqn].layout.dense(base, None)
+    return held.with_bias(made.bias)
 
 
 def no_base(fqn: str) -> UsageError:
