@@ -49,7 +49,7 @@ class Adapters:
         return tuple(self._maps)
 
     def load(self, name: str, folder: str | Path) -> None:
-        """Read a PEFT folder under a name, and make it active. Raises UsageError for a taken name or a folder that does not fit."""
+        """Read a PEFT folder under a name, and make it active. Raises UsageError for a taken name or an unfit folder."""
         if not name or name in self._maps:
             raise UsageError(
                 "adapters", expected="a name that is not taken", got=repr(name), hint=f"Taken: {', '.join(self.names)}"
