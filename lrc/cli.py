@@ -83,6 +83,8 @@ def inspect(model: Model, as_json: Json = False, graph: Annotated[bool, typer.Op
 @app.command()
 def plan(spec: Spec, rest: Rest = None, output: Output = None, as_json: Json = False, cache: Cache = None,
          write: Annotated[Optional[Path], typer.Option(help="Write the plan as JSON, for `lrc diff`.")] = None,  # noqa: UP045
+         pareto: Annotated[Optional[str], typer.Option(  # noqa: UP045
+             help="Other amounts of the spec's budget to compare, as 0.9,0.8,0.6 (the same as pareto.budgets=[…]).")] = None,
          allow_code: AllowCode = False, quiet: Quiet = False) -> None:  # fmt: skip
     """Say what `compile` would do: per site the rule, rank, size, predicted loss, FLOPs and bytes."""
     from lrc import api
@@ -90,6 +92,8 @@ def plan(spec: Spec, rest: Rest = None, output: Output = None, as_json: Json = F
     from lrc.report.tables import plan_table
 
     model, overrides = split_rest(rest)
+    if pareto is not None:
+        overrides.append(f"pareto.budgets=[{pareto}]")
     with bars(quiet or as_json) as progress:
         made = api.plan(
             model, spec, overrides=overrides, output=output, cache=cache, allow_code=allow_code, progress=progress
@@ -107,7 +111,7 @@ def compile_(spec: Spec, rest: Rest = None, output: Output = None, as_json: Json
              allow_code: AllowCode = False, quiet: Quiet = False) -> None:  # fmt: skip
     """Compile MODEL as SPEC says, check the result, and leave it in the output folder."""
     if dry_run:
-        plan(spec, rest, output, as_json, cache, None, allow_code, quiet)
+        plan(spec, rest, output, as_json, cache, None, None, allow_code, quiet)
         return
     from lrc import api
     from lrc.report.progress import bars

@@ -15,6 +15,7 @@ import torch
 
 import lrc
 from lrc.api import Finished
+from lrc.spec.registry import ALLOCATORS, EXPORTERS, RANKS, SOLVERS
 
 Run = tiny.Run
 VERBS = [
@@ -109,6 +110,16 @@ def test_init_asks_for_text_or_arrays_as_the_model_takes_them(bert: Path, cli: R
     text = (in_tmp / "mlp.yaml").read_text()
     assert "calibration: {dataset: calibration.npz" in text
     assert "export: [{format: pt2}, {format: onnx}]" in text
+
+
+def test_init_names_every_solver_budget_allocator_and_export(bert: Path, cli: Run, in_tmp: Path) -> None:
+    cli("init", bert, "-o", "bert.yaml")
+    text = (in_tmp / "bert.yaml").read_text()
+    for rule in (*SOLVERS, *ALLOCATORS):
+        assert f"#   {rule.name}: " in text or f"solver: {rule.name}  #" in text
+    assert all(f"{{{rule.name}: " in text for rule in RANKS if rule.name != "rank")
+    assert all(rule.name in text for rule in EXPORTERS)
+    assert max(map(len, text.splitlines())) < 160
 
 
 def test_init_never_overwrites(cli: Run, in_tmp: Path) -> None:
@@ -317,6 +328,17 @@ def test_diff_compares_specs_plans_and_outputs(compiled: Path, mlp_spec: Path, c
     mixed = cli("diff", compiled, mlp_spec)
     assert mixed.code == 2
     assert mixed.error.endswith("expected two specs, two plans or two output folders, got output folder and spec.")
+
+
+def test_plan_compares_other_budgets(mlp_spec: Path, cli: Run) -> None:
+    made = cli("plan", mlp_spec, *MLP, "--pareto", "0.9,0.7", "--json")
+    assert made.code == 0
+    own = made.json["points"][1 if made.json["points"][1]["chosen"] else 2]
+    assert own["chosen"]
+    assert {point["amount"] for point in made.json["points"]} == {0.9, 0.7, own["amount"]}
+    assert "budgets that were tried" in cli("plan", mlp_spec, *MLP, "--pareto", "0.9,0.7").out
+    wrong = cli("plan", mlp_spec, *MLP, "--pareto", "0.9,much")
+    assert (wrong.code, "pareto.budgets.1" in wrong.error) == (2, True)
 
 
 def test_report_writes_one_page_that_loads_nothing(finished: Finished, cli: Run, in_tmp: Path) -> None:

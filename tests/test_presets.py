@@ -18,7 +18,7 @@ from lrc.program import Program
 from lrc.solvers import BUILTIN
 from lrc.solvers.splits import BUILTIN as SPLITTERS_BUILTIN
 from lrc.spec.load import load_document, preset_names
-from lrc.spec.registry import ADAPTERS, SOLVERS, SPLITTERS
+from lrc.spec.registry import ADAPTERS, ALLOCATORS, SOLVERS, SPLITTERS
 
 SOLVER_NAMES = {rule.name for rule in BUILTIN}
 SPLITTER_NAMES = {rule.name for rule in SPLITTERS_BUILTIN}
@@ -100,7 +100,11 @@ def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, nonn
     if absent:
         pytest.skip(f"skipped: the solver {', '.join(sorted(absent))} is not there yet")
     model = captured(bert if "onnx" in name else nonnegative_llama if name == "nmf" else llama)
-    overrides = {"lord": ["passes.0.round_to=8"], "size_mb": ["passes.0.rank.size_mb=0.04"]}.get(name, [])  # for a tiny model
+    overrides = {  # for a tiny model
+        "lord": ["passes.0.round_to=8"],
+        "size_mb": ["passes.0.rank.size_mb=0.04"],
+        "quality": [f"evaluate.dataset={data / 'stream.txt'}", "passes.0.rank.quality.resolution=0.2"],
+    }.get(name, [])
     done = compile_to_folder(model.clone(), spec_of(name, data), overrides=overrides, output="out")
     done.raise_on_failure()
     plan = done.record.plan
@@ -135,6 +139,14 @@ def test_there_is_a_preset_for_every_adapter_method() -> None:
     steps = [yaml.safe_load((resources.files("lrc_specs") / f"{name}.yaml").read_text())["passes"][0] for name in ADAPTING]
     methods = [step.get("method", "lora") for step in steps]
     assert {m if isinstance(m, str) else m["type"] for m in methods} == set(ADAPTERS.names())
+
+
+def test_there_is_a_preset_for_every_allocator_and_every_budget_of_its_own_kind() -> None:
+    steps = [load_document(f"preset:{name}")[0].passes[0] for name in preset_names()]
+    named = {step.allocate.type for step in steps if hasattr(step, "allocate")}
+    assert named | {"global", "uniform"} >= {rule.name for rule in ALLOCATORS}
+    budgets = {key for step in steps if hasattr(step, "rank") for key in getattr(type(step.rank), "model_fields", ())}
+    assert budgets >= {"params_kept", "size_mb", "flops_kept", "latency_kept", "quality"}
 
 
 def test_what_a_spec_says_itself_wins_over_its_preset() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
-from lrc.maps import Conv, Dense, Lookup
+from lrc.maps import Chain, Conv, Dense, Lookup, SharedLookup
 from lrc.program import Program
 from lrc.program.checks import need_transformers
 from lrc.program.graft import graft, share, shared_factors
@@ -113,7 +113,8 @@ def separate_shared_maps(program: Program, model: nn.Module) -> list[str]:
     """Give every use of a weight that several modules share its own copy: transformers knows no such sharing."""
     notes = []
     for fqn in program.maps:
-        uses = list(program.placed(fqn))
+        tables = [use.module for use in program.site(fqn).uses if use.layout is not None]
+        uses = [module for module in program.placed(fqn) if module not in tables]
         for other in uses[1:]:
             model.set_submodule(other, _copied(model.get_submodule(other)))
             notes.append(
@@ -125,8 +126,12 @@ def separate_shared_maps(program: Program, model: nn.Module) -> list[str]:
 def give_own_memory(program: Program, model: nn.Module) -> list[str]:
     """Give every map its own copy of a tensor that shares memory with anything else in the model: files know no such sharing.
 
-    So the base under the adapter of a tied embedding, the rule that all sites of `compacter` share, VeRA's projections.
+    So the base under the adapter of a tied embedding, the rule that all sites of `compacter` share, VeRA's projections. A
+    factor that products of several sites share, and nothing else, is stored once: `config.json` says whose it is.
     """
+    tied = shared_factors(program)
+    named = Counter(tied.values())
+    once = {name: named[stored] + 1 for name, stored in [*tied.items(), *((stored, stored) for stored in named)]}
     holders = Counter(p.untyped_storage().data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
     copies = 0
     for place in (place for fqn in program.maps for place in program.placed(fqn)):
@@ -134,7 +139,13 @@ def give_own_memory(program: Program, model: nn.Module) -> list[str]:
         shared = [
             name
             for name, p in module.named_parameters(remove_duplicate=False)
-            if holders[p.untyped_storage().data_ptr()] > 1 or not p.is_contiguous()
+            if (count := holders[p.untyped_storage().data_ptr()]) > 1 or not p.is_contiguous()
+            if not (
+                isinstance(module, Chain | SharedLookup)
+                and "." not in name
+                and once.get(f"{place}.{name}") == count
+                and p.is_contiguous()
+            )
         ]
         if shared:
             model.set_submodule(place, _copied(module, shared))

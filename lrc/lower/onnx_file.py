@@ -15,6 +15,7 @@ from lrc.errors import LowerError, LrcError
 from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.lower.decoder import CachedDecoder, wants_cache
 from lrc.lower.onnx_adapters import BESIDE, ListedInputs, WithAdapters, adapter_tensors, save_beside
+from lrc.lower.transposes import share_transposes
 from lrc.program import Program
 
 LARGE = 1_800_000_000  # bytes; a protobuf message ends at 2 GiB
@@ -74,6 +75,7 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
     else:
         name_sizes(model, program)
         expand_rotations(model)
+    share_transposes(model)
     notes = [WIDENED] if widen(model) else []
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)  # protobuf cannot tell the size of what is too large
     external = options.external_data == "always" or (options.external_data == "auto" and size > LARGE)

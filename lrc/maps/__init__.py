@@ -10,7 +10,7 @@ from lrc.maps.dropout import Dropout
 from lrc.maps.fold import fold
 from lrc.maps.gate import Gate
 from lrc.maps.kronecker import Kronecker
-from lrc.maps.layouts import Bags, Indices, Layout, Patches, Rows, planned
+from lrc.maps.layouts import Bags, Indices, JointRows, Layout, Patches, Rows, planned
 from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen, frozen_base
 from lrc.maps.lookup import Lookup
 from lrc.maps.low_rank import Factors, low_rank
@@ -21,6 +21,7 @@ from lrc.maps.places import Pick, Spread, pick_of, spread_of, without_pick, with
 from lrc.maps.quantized import Quantized
 from lrc.maps.row_norm import RowNorm
 from lrc.maps.scaled_outputs import scale_outputs
+from lrc.maps.shared import SharedLookup, looked_up
 from lrc.maps.simplify import Folded, rebuilt, simplify
 from lrc.maps.small import Identity, OutputMask
 from lrc.maps.sparse import Sparse
@@ -49,6 +50,7 @@ __all__ = [
     "Geometry",
     "Identity",
     "Indices",
+    "JointRows",
     "Kronecker",
     "Layout",
     "LinearMap",
@@ -63,6 +65,7 @@ __all__ = [
     "RowNorm",
     "Rows",
     "Scale",
+    "SharedLookup",
     "Sparse",
     "Spread",
     "Structure",
@@ -72,6 +75,7 @@ __all__ = [
     "fold",
     "frozen",
     "frozen_base",
+    "looked_up",
     "low_rank",
     "permute_inputs",
     "permute_outputs",

@@ -128,6 +128,13 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class JointRows(Rows):
+    """A linear whose weight is a table too: its rows are looked up elsewhere, which only two factors allow."""
+
+    forms: ClassVar[tuple[Form, ...]] = ("two_factor",)
+
+
+@dataclass(frozen=True)
 class Patches:
     """A convolution: kernel (out_channels, in_channels, *kernel) over the patches that `geometry` reads."""
 

@@ -4,10 +4,12 @@ import copy
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from lrc.maps.base import Affine, Cost, LinearMap, Structure, as_parameter, exact_bias, over
+from lrc.maps.base import Affine, Cost, LinearMap, Structure, as_parameter, exact_bias, gathered, over
+
+fx.wrap("gathered")  # one operation in the text of a program
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -126,7 +128,7 @@ class Permutation(LinearMap):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., features)."""
-        y = x.index_select(-1, self.index)
+        y = gathered(x, -1, self.index)
         return y if self.bias is None else y + self.bias
 
     def exact(self) -> Affine:

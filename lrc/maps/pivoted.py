@@ -3,11 +3,12 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
-from lrc.maps.base import Affine, Cost, InParts, Structure, as_parameter, exact_bias
+from lrc.maps.base import Affine, Cost, InParts, Structure, as_parameter, exact_bias, gathered
 
+fx.wrap("gathered")  # one operation in the text of a program
 Side = Literal["out", "in"]
 
 
@@ -46,13 +47,13 @@ class Pivoted(InParts):
         """Apply to (..., in_features)."""
         if self.side == "in":
             if self.index is not None:
-                x = x.index_select(-1, self.index)
+                x = gathered(x, -1, self.index)
             h = x[..., : self.rank] + F.linear(x[..., self.rank :], self.Z.T)
             return F.linear(h, self.P, self.bias)
         h = F.linear(x, self.P)
         y = torch.cat([h, F.linear(h, self.Z)], -1)
         if self.index is not None:
-            y = y.index_select(-1, self.index)
+            y = gathered(y, -1, self.index)
         return y if self.bias is None else y + self.bias
 
     def exact(self) -> Affine:

@@ -22,6 +22,7 @@ from lrc.maps.pivoted import Pivoted
 from lrc.maps.places import Pick, Spread
 from lrc.maps.quantized import Quantized
 from lrc.maps.row_norm import RowNorm
+from lrc.maps.shared import SharedLookup
 from lrc.maps.small import Identity, OutputMask
 from lrc.maps.sparse import Sparse
 from lrc.maps.triangular import Triangular
@@ -29,7 +30,7 @@ from lrc.maps.tucker import Tucker
 
 KINDS: tuple[type[LinearMap], ...] = (
     Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, Quantized, Sparse,
-    Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm,
+    Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm, SharedLookup,
 )  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 

@@ -3,7 +3,7 @@
 from lrc.measure.cache import Cache, digest
 from lrc.measure.collect import collect
 from lrc.measure.contribution import contributions, site_scores, write_scores
-from lrc.measure.latency import Latency, measure_latency, speedup
+from lrc.measure.latency import Latency, Ratio, joined, measure_latency, ratio_to, speedup
 from lrc.measure.lockstep import Lockstep
 from lrc.measure.spectrum import spectrum, stable_rank
 
@@ -11,10 +11,13 @@ __all__ = [
     "Cache",
     "Latency",
     "Lockstep",
+    "Ratio",
     "collect",
     "contributions",
     "digest",
+    "joined",
     "measure_latency",
+    "ratio_to",
     "site_scores",
     "spectrum",
     "speedup",

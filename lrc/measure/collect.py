@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor, fx
 
 from lrc.data import Batch, Batches
 from lrc.errors import SiteError
-from lrc.maps import Layout
+from lrc.measure.by_block import Blocks
 from lrc.measure.cache import Cache
 from lrc.measure.cotangents import Fisher, cotangent
-from lrc.measure.grouped import GroupedMoment
+from lrc.measure.joint import joint_moments, refuse_samples
 from lrc.measure.samples import SampleSums
-from lrc.measure.second_moments import BagCounts, Counts, SecondMoment
 from lrc.measure.stored import load_moments, store_moments
+from lrc.measure.sums import Source, accumulator, add_piece, output_sums, source
 from lrc.measure.taps import (
     Piece,
     Tap,
@@ -33,8 +34,6 @@ from lrc.program.readout import readout
 from lrc.solvers import Moments, Need
 
 Progress = Callable[[int, int], None]
-Source = tuple[fx.Node, Layout | None, tuple[tuple[str, fx.Node], ...]]
-Sums = SecondMoment | Counts | BagCounts | GroupedMoment
 
 
 def collect(
@@ -49,11 +48,13 @@ def collect(
     cache: Cache | None = None,
     key: str = "",
     progress: Progress | None = None,
+    by_block: bool = False,
 ) -> dict[str, Moments]:
     """Return the moments of the sites `fqns` that are needed, from one forward (for gradients also one backward) pass a batch.
 
     fisher: see `cotangents.cotangent`; draws: how many cotangents a batch, averaged. The random numbers of a batch come
     from `seed` and its place, so the result is the same for the same thread count. progress(done, total) counts batches.
+    by_block: hold the activations of one block at a time for the backward pass, and compute them a second time (`by_block`).
     With a cache, what is stored under `key` (a digest of program, data and options) is read, not measured; what is
     measured is stored.
 
@@ -69,7 +70,7 @@ def collect(
     found = {} if cache is None else load_moments(cache, key, program, wanted)
     missing = [fqn for fqn in wanted if fqn not in found]
     if missing:
-        walk = Walk(program, missing, needs)
+        walk = Walk(program, missing, needs, by_block=by_block)
         for done, batch in enumerate(batches):
             if progress is not None:
                 progress(done, len(batches))
@@ -86,17 +87,18 @@ def collect(
 class Walk(fx.Interpreter):
     """Runs batches through the graph and adds up what the taps see."""
 
-    def __init__(self, program: Program, fqns: Iterable[str], needs: frozenset[Need]) -> None:
+    def __init__(self, program: Program, fqns: Iterable[str], needs: frozenset[Need], *, by_block: bool = False) -> None:
         super().__init__(program.graph_module, garbage_collect_values=True)
         self.program = program
         self.backward = not needs.isdisjoint({Need.GRADIENTS, Need.WEIGHT_FISHER})
         self.taps: dict[str, tuple[Tap, ...]] = {fqn: taps_of(program, fqn) for fqn in fqns}
         every = [tap for taps in self.taps.values() for tap in taps]
-        width = {fqn: program.sites[fqn].shape for fqn in self.taps}
+        refuse_samples([program.sites[fqn] for fqn in self.taps], needs)
+        joint = {fqn for fqn in self.taps if program.sites[fqn].joint}
         forward, backward = (every if need in needs else [] for need in (Need.INPUTS, Need.GRADIENTS))
-        self.inputs = {source(tap): accumulator(tap, width[tap.fqn][1]) for tap in forward}
-        self.outputs = {tap.gives: SecondMoment(width[tap.fqn][0]) for tap in backward}
-        self.weighted = {tap.gives: accumulator(tap, width[tap.fqn][1]) for tap in backward}
+        self.inputs = {source(tap): accumulator(tap) for tap in forward}
+        self.outputs = {tap.gives: output_sums(tap, joint=tap.fqn in joint) for tap in backward}
+        self.weighted = {tap.gives: accumulator(tap) for tap in backward if tap.fqn not in joint}
         self.samples = SampleSums(program, self.taps, needs)
         self.given_by = {tap.gives: tap for tap in every}
         self.read_by: dict[fx.Node, dict[Source, Tap]] = {}
@@ -107,11 +109,13 @@ class Walk(fx.Interpreter):
         self.held = {node for tap in every if tap.context for node in (tap.reads, *(node for _, node in tap.context))}
         self.counted = {tap.gives: tap.layout for fqn in program.sites for tap in taps_of(program, fqn)}
         self.tokens = dict.fromkeys(self.counted, 0)
-        self.in_place = any(is_in_place(node) for node in program.graph_module.graph.nodes)
+        self.in_place = changes_in_place(program)
         self.traced = traced_masks(program)
         self.masks: dict[str, Tensor] = {}
         self.given: dict[fx.Node, Tensor] = {}
         self.seen: dict[fx.Node, Tensor] = {}
+        self.counting = True  # off where a block is computed again
+        self.blocks = Blocks(self, program) if by_block and self.backward else None
         self.read: dict[fx.Node, Tensor] = {}  # of uses that read several values, until the last one is there
 
     def run(self, batch: Batch, fisher: Fisher, draws: int, generator: torch.Generator) -> None:  # type: ignore[override]
@@ -120,10 +124,14 @@ class Walk(fx.Interpreter):
         self.given, self.seen = {}, {}
         values = placeholder_values(self.program, batch)
         self.samples.begin(values)
-        with torch.set_grad_enabled(self.backward):
-            outputs: Mapping[str, Tensor] = super().run(*values)
-            if self.backward:
-                self._backward(outputs, batch, fisher, draws, generator)
+        send = partial(self._send, batch=batch, fisher=fisher, draws=draws, generator=generator)
+        if self.blocks is not None:
+            self.blocks.run(values, send)
+        else:
+            with torch.set_grad_enabled(self.backward):
+                outputs: Mapping[str, Tensor] = super().run(*values)
+                if self.backward:
+                    self._backward(*send(outputs))
         self.samples.end()
         self.given, self.seen, self.read = {}, {}, {}
 
@@ -134,7 +142,7 @@ class Walk(fx.Interpreter):
             self.read[n] = value.detach()
         if n in self.read_by:
             self._see(n, value.detach())
-        if n in self.counted:
+        if n in self.counted and self.counting:
             outputs = self.counted[n].outputs(value)
             mask = row_mask(n, outputs, self.masks, self.traced)
             self.tokens[n] += outputs[..., 0].numel() if mask is None else int(mask.sum())
@@ -147,7 +155,7 @@ class Walk(fx.Interpreter):
         return value
 
     def _see(self, n: fx.Node, value: Tensor) -> None:
-        for key, tap in self.read_by[n].items():
+        for key, tap in self.read_by[n].items() if self.counting else ():
             if key in self.inputs:
                 for piece in self._pieces(tap, value if n is tap.reads else self.read[tap.reads]):
                     add_piece(self.inputs[key], piece)
@@ -158,27 +166,35 @@ class Walk(fx.Interpreter):
     def _pieces(self, tap: Tap, value: Tensor) -> Iterator[Piece]:
         """Yield the rows of what a tap reads."""
         context = {name: self.read[node] for name, node in tap.context}
-        features = self.program.sites[tap.fqn].in_features
-        yield from pieces(tap.layout, value, self.mask_of(tap, tap.reads, value), features, context)
+        yield from pieces(tap.layout, value, self.mask_of(tap, tap.reads, value), tap.shape[1], context)
 
     def mask_of(self, tap: Tap, node: fx.Node, value: Tensor) -> Tensor | None:
         """Return which rows of what a tap reads, or gives, are no padding; None for all."""
         return tap_mask(tap, node, value, self.masks, self.traced)
 
-    def _backward(
-        self, outputs: Mapping[str, Tensor], batch: Batch, fisher: Fisher, draws: int, generator: torch.Generator
-    ) -> None:
+    def _send(
+        self, outputs: Mapping[str, Tensor], *, batch: Batch, fisher: Fisher, draws: int, generator: torch.Generator
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Return the output of interest, and for every draw what is sent back from it."""
         found = readout(outputs, batch, self.program.task)
+        return [found], [[cotangent(found, batch, fisher, self.program.task, generator)] for _ in range(draws)]
+
+    def _backward(
+        self, ends: list[Tensor], sent: list[list[Tensor]], leaves: Sequence[Tensor] = ()
+    ) -> list[tuple[Tensor | None, ...]]:
+        """Send every draw back from `ends`, add what the taps see, and return the gradients at the leaves for each."""
         nodes = list(self.given)
-        for draw in range(draws):
-            sent = cotangent(found, batch, fisher, self.program.task, generator)
-            gradients = torch.autograd.grad(
-                found, [self.given[n] for n in nodes], sent, retain_graph=draw < draws - 1, allow_unused=True
-            )
-            rows = {node: self._rows(node, gradient) for node, gradient in zip(nodes, gradients, strict=True)}
-            for node in self.outputs:
-                self._add_gradient(self.given_by[node], rows[node], 1.0 / draws)
+        at_leaves: list[tuple[Tensor | None, ...]] = []
+        for draw, cotangents in enumerate(sent):
+            values = [*(self.given[n] for n in nodes), *leaves]
+            keep = draw < len(sent) - 1
+            gradients = torch.autograd.grad(ends, values, cotangents, retain_graph=keep, allow_unused=True)
+            rows = {node: self._rows(node, gradient) for node, gradient in zip(nodes, gradients, strict=False)}
+            for node in nodes:
+                self._add_gradient(self.given_by[node], rows[node], 1.0 / len(sent))
             self.samples.add_gradients(self.seen, rows)
+            at_leaves.append(gradients[len(nodes) :])
+        return at_leaves
 
     def _rows(self, node: fx.Node, gradient: Tensor | None) -> Tensor:
         """Return the unpadded rows of the gradient at a node; zeros where the output of interest does not depend on it."""
@@ -188,7 +204,11 @@ class Walk(fx.Interpreter):
         return rows_of(tap.layout.outputs(gradient), self.mask_of(tap, node, gradient))
 
     def _add_gradient(self, tap: Tap, rows: Tensor, weight: float) -> None:
+        if tap.gives not in self.outputs:
+            return
         self.outputs[tap.gives].add(rows, weight)
+        if tap.gives not in self.weighted:
+            return
         squares = rows.float().square().sum(1)
         for piece in self._pieces(tap, self.read[tap.reads] if tap.context else self.seen[tap.reads]):
             add_piece(self.weighted[tap.gives], piece, weight, squares)
@@ -199,6 +219,9 @@ class Walk(fx.Interpreter):
         shared: dict[tuple[Source, ...], Moments] = {}
         made = {}
         for fqn, taps in self.taps.items():
+            if self.program.sites[fqn].joint:
+                made[fqn] = self._joint(fqn, taps, max(tokens, 1))
+                continue
             reads = tuple(dict.fromkeys(source(tap) for tap in taps))
             if reads not in shared:
                 shared[reads] = self._means(fqn, reads, taps)
@@ -217,6 +240,21 @@ class Walk(fx.Interpreter):
         mean = _added([self.weighted[node].column_sum() for node in gives]) / weight
         return replace(moments, fisher=fisher, weighted_gram=gram, weighted_mean=mean)
 
+    def _joint(self, fqn: str, taps: Sequence[Tap], tokens: int) -> Moments:
+        """Return the moments of a weight that heads multiply and embeddings look up."""
+        heads, tables = [tap for tap in taps if not tap.layout.looked_up], [tap for tap in taps if tap.layout.looked_up]
+        found = self._means(fqn, tuple(dict.fromkeys(source(tap) for tap in heads)), heads)
+        if found.gram is None or found.mean is None:
+            return found
+        squares = counts = gradients = None
+        if self.outputs:
+            squares, gradients = (
+                _finite(_added([self.outputs[tap.gives].total() for tap in some]) / tokens, fqn, "output gradients")
+                for some in (heads, tables)
+            )
+            counts = _added([self.inputs[source(tap)].total() for tap in tables]) / tokens
+        return joint_moments((found.gram, found.mean), found.tokens, squares, counts, gradients)
+
     def _means(self, fqn: str, reads: tuple[Source, ...], taps: Sequence[Tap]) -> Moments:
         if not self.inputs:
             return Moments(tokens=sum(self.tokens[tap.gives] for tap in taps))
@@ -226,32 +264,13 @@ class Walk(fx.Interpreter):
         return Moments(gram=_finite(gram / max(rows, 1), fqn, "inputs"), mean=mean / max(rows, 1), tokens=rows)
 
 
-def source(tap: Tap) -> Source:
-    """Return what one second moment belongs to: values, and for all but linears how they are read as rows."""
-    return tap.reads, None if tap.layout.kind == "linear" else tap.layout, tap.context
-
-
-def accumulator(tap: Tap, features: int) -> Sums:
-    """Return sums for what a tap reads: of one-hot vectors, only how often each one came."""
-    if tap.layout.kind == "embedding_bag":
-        return BagCounts(features)
-    if tap.layout.groups > 1:
-        return GroupedMoment(tap.layout.groups, features)
-    return Counts(features) if tap.layout.looked_up else SecondMoment(features)
-
-
-def add_piece(sums: Sums, piece: Piece, weight: float = 1.0, squares: Tensor | None = None) -> None:
-    """Add rows, each weighed by the gradient of its output, if given: `squares`, of all outputs."""
-    weights = None if squares is None else squares[piece.place]
-    if isinstance(sums, BagCounts):
-        assert piece.entries is not None, "bags are read by their entries"
-        sums.add(piece.entries, weight, weights)
-    else:
-        sums.add(piece.rows, weight, weights)
-
-
 def _added(tensors: Sequence[Tensor]) -> Tensor:
     return sum(tensors[1:], tensors[0])
+
+
+def changes_in_place(program: Program) -> bool:
+    """Say whether an operation of the graph overwrites a value."""
+    return any(is_in_place(node) for node in program.graph_module.graph.nodes)
 
 
 def is_in_place(node: fx.Node) -> bool:

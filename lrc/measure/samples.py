@@ -76,6 +76,7 @@ class SampleSums:
         self._magnitudes = {reads_of(taps[fqn]): Magnitudes(shapes[fqn][1]) for fqn in wanted}
         wanted = taps if Need.WEIGHT_FISHER in needs else ()
         self._fishers = {fqn: WeightFisher(shapes[fqn]) for fqn in wanted}
+        self.gradients = bool(self._fishers)
         self._names = {tap.reads: fqn for fqn in taps for tap in taps[fqn]} if self._magnitudes or self._fishers else {}
         self._count = 0
         self._size: Any = None  # the same as traced, most often a symbol

@@ -50,6 +50,21 @@ class SecondMoment:
         return self._sum
 
 
+class Squares:
+    """The running sums over tokens of x², elementwise: the diagonal of a second moment that is too large as a whole."""
+
+    def __init__(self, features: int) -> None:
+        self._sum = torch.zeros(features, dtype=torch.float64)
+
+    def add(self, x: Tensor, weight: float = 1.0) -> None:
+        """Add the rows of x, shape (tokens, features), each counted `weight` times."""
+        self._sum = self._sum.to(x.device).add_(x.detach().float().square().sum(0, dtype=torch.float64), alpha=weight)
+
+    def total(self) -> Tensor:
+        """Return the sums, (features,), float64."""
+        return self._sum
+
+
 class Counts:
     """The second moment of one-hot vectors x: how often every index was read. It is both the diagonal and the sum of x."""
 

@@ -57,8 +57,8 @@ def _unpacked(entry: Mapping[str, Tensor], names: Sequence[str], site: Site) -> 
     for name in names:
         if name in entry:
             features = site.out_features if name == "fisher" else site.in_features
-            matrix = not site.layout.looked_up and site.layout.groups == 1  # counts are a diagonal, groups have one matrix each
-            packed = name in SYMMETRIC and (matrix or name == "fisher")
+            apart = site.layout.looked_up or site.layout.groups > 1  # counts; groups have one matrix each
+            packed = name in SYMMETRIC and not (site.joint if name == "fisher" else apart)
             made[name] = unpack_symmetric(entry[name], features) if packed else entry[name]
     return made
 
@@ -70,5 +70,5 @@ def _site_key(key: str, fqn: str) -> str:
 def _input_key(key: str, program: Program, fqn: str) -> str:
     site = program.site(fqn)
     reads = sorted({f"{use.input} {use.context}" if use.context else use.input for use in site.uses})
-    layout = () if site.kind == "linear" else (repr(site.layout),)
+    layout = () if site.kind == "linear" and not site.joint else (repr(site.layout),)
     return f"{digest(key, 'input', reads, *layout)}-inputs"

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from lrc.errors import SiteError
 from lrc.maps import Bags, Layout
 from lrc.maps.bag import Entries
-from lrc.program import Program
+from lrc.program import Program, Site
+from lrc.program.sites import Use
 
 PIECE = 64 * 2**20  # bytes of patches that are held at a time
 
@@ -19,7 +20,8 @@ PIECE = 64 * 2**20  # bytes of patches that are held at a time
 class Tap:
     """One use of a site: the node that it reads and the node that it gives, and how both are rows.
 
-    context: the other nodes that it reads, by the names that its layout gives them.
+    context: the other nodes that it reads, by the names that its layout gives them. shape: (out_features, in_features) of
+    this use, the transposed ones of the site where a head's weight is looked up in.
     """
 
     fqn: str
@@ -27,6 +29,7 @@ class Tap:
     gives: fx.Node
     layout: Layout
     context: tuple[tuple[str, fx.Node], ...] = ()
+    shape: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,13 @@ def taps_of(program: Program, fqn: str) -> tuple[Tap, ...]:
         raise SiteError(fqn, message="the captured graph has no site of this name")
     order = {name: place for place, name in enumerate(nodes)}
     uses = sorted(site.uses, key=lambda use: order[use.node])
-    return tuple(
-        Tap(fqn, nodes[use.input], nodes[use.node], site.layout, tuple((name, nodes[node]) for name, node in use.context))
-        for use in uses
-    )
+    return tuple(_tap(site, use, nodes) for use in uses)
+
+
+def _tap(site: Site, use: Use, nodes: Mapping[str, fx.Node]) -> Tap:
+    context = tuple((name, nodes[node]) for name, node in use.context)
+    shape = site.shape if use.layout is None else (site.in_features, site.out_features)
+    return Tap(site.fqn, nodes[use.input], nodes[use.node], use.layout or site.layout, context, shape)
 
 
 def placeholder_values(program: Program, inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -76,20 +76,23 @@ def shapes_per_use(program: Program, site: Site, shapes: Shapes) -> tuple[tuple[
         raise SiteError(
             site.fqn, message="its time depends on how large the bags are", hint="Choose a budget of parameters or size",
         )  # fmt: skip
-    bound = _bound(program, shapes)
-    return tuple(_shape(program.nodes[use.input], bound, site.fqn) for use in site.uses)
+    bound = bound_sizes(program, shapes)
+    return tuple(_shape(program.nodes[use.input], bound, site.fqn) for use in site.uses if use.layout is None)
 
 
 def rows_per_sample(program: Program, site: Site, shapes: Sequence[Shapes]) -> float:
-    """Return the rows that all uses of a site give for one sample, over several batches: tokens, or positions of an image."""
+    """Return the rows that all uses of a site give for one sample, over several batches: tokens, or positions of an image.
+
+    Lookups in a head's weight are not counted: they cost next to nothing beside the head.
+    """
     numbers = 0
     for of_batch in shapes:
-        bound = _bound(program, of_batch)
-        numbers += sum(prod(_shape(program.nodes[use.node], bound, site.fqn)) for use in site.uses)
+        bound = bound_sizes(program, of_batch)
+        numbers += sum(prod(_shape(program.nodes[use.node], bound, site.fqn)) for use in site.uses if use.layout is None)
     return numbers / site.out_features / sum(samples_in(program, of_batch) for of_batch in shapes)
 
 
-def _bound(program: Program, shapes: Shapes) -> dict[Any, int]:
+def bound_sizes(program: Program, shapes: Shapes) -> dict[Any, int]:
     """Return what the symbols of the traced inputs stand for."""
     bound: dict[Any, int] = {}
     for node in program.graph_module.graph.find_nodes(op="placeholder"):

@@ -38,7 +38,7 @@ class MappedAttention(nn.MultiheadAttention):
     def put(self, name: str, made: LinearMap) -> None:
         """Put a map in place of a weight and its bias. Raises AttributeError for a name that is no projection."""
         if name == "out_proj":
-            self.out_proj = made
+            self.add_module("out_proj", made)
             return
         found = PACKED.fullmatch(name)
         first, last = (int(place or 0) for place in found.groups()) if found else (0, 0)
@@ -49,7 +49,7 @@ class MappedAttention(nn.MultiheadAttention):
         self._parameters.pop(name, None)
         self.add_module(name, made)
         if all(isinstance(getattr(self, row[2]), nn.Module) for row in self.rows):
-            self.in_proj_bias = None
+            self.register_parameter("in_proj_bias", None)
 
     def _cut(self, first: int, last: int) -> None:
         """Keep the rows from one to before another apart from the others."""
@@ -125,7 +125,7 @@ class MappedAttention(nn.MultiheadAttention):
     def _heads(self, x: Tensor) -> Tensor:
         """Return (batch, heads, length, features) of what has the shape of an input."""
         x = x.unsqueeze(0) if x.ndim == 2 else x if self.batch_first else x.transpose(0, 1)
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
     def _beside(self, x: Tensor, row: Tensor | None) -> Tensor:
         """Return keys, or values, with one more at the end that every text has."""
@@ -138,7 +138,8 @@ class MappedAttention(nn.MultiheadAttention):
         total = None
         if attention is not None:
             attention = _additive(attention, q)
-            total = attention[None, None] if attention.ndim == 2 else attention.unflatten(0, (len(q), self.num_heads))
+            heads = (1, 1) if attention.ndim == 2 else (len(q), self.num_heads)
+            total = attention.reshape(*heads, *attention.shape[-2:])
         if padding is not None:
             hidden = _additive(padding, q).reshape(len(q), 1, 1, -1)
             total = hidden if total is None else total + hidden

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from lrc.maps import Rows
 from lrc.program.bags import match_bag
 from lrc.program.convs import match_conv
 from lrc.program.linears import match_linear
@@ -29,6 +30,17 @@ def find_products(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> list[Produc
             if product is not None and taken.setdefault(product.weight, product.layout).kind == product.layout.kind:
                 found[node] = product
     return [found[node] for node in nodes if node in found]
+
+
+def shared_lookups(graph: fx.Graph, products: Sequence[Product], tensors: Mapping[str, Tensor]) -> dict[str, list[Product]]:
+    """Return the embeddings that look up in the weight of a linear, by its name."""
+    linears = {product.weight for product in products if product.layout == Rows()}
+    found: dict[str, list[Product]] = {}
+    for node in graph.nodes:
+        product = match_lookup(node, tensors) if node.op == "call_function" else None
+        if product is not None and product.weight in linears:
+            found.setdefault(product.weight, []).append(product)
+    return found
 
 
 def consumers(graph: fx.Graph, products: Sequence[Product], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:

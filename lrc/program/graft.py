@@ -59,7 +59,7 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
 def shared_factors(program: Program) -> dict[str, str]:
     """Return the names of factors that maps of several sites share, each with the name under which it is stored."""
     first: dict[int, str] = {}
-    found = {}
+    found = joint_factors(program)
     for fqn in program.maps:
         for module, made in program.placed(fqn).items():
             for name, parameter in made.named_parameters():
@@ -115,6 +115,18 @@ def untie(model: nn.Module) -> None:
         before, config.tie_word_embeddings = config.tie_word_embeddings, False
         if type(config).from_dict(config.to_dict()).tie_word_embeddings is not False:
             config.tie_word_embeddings = before
+
+
+def joint_factors(program: Program) -> dict[str, str]:
+    """Return the names of a head's factors, each with that of the same one in the table which the head shares."""
+    found: dict[str, str] = {}
+    for fqn in program.maps:
+        placed, uses = program.placed(fqn), program.site(fqn).uses
+        for table in [use.module for use in uses if use.layout is not None]:
+            names = {id(p): f"{table}.{name}" for name, p in placed[table].named_parameters()}
+            heads = [use.module for use in uses if use.layout is None]
+            found |= {f"{h}.{name}": names[id(p)] for h in heads for name, p in placed[h].named_parameters() if id(p) in names}
+    return found
 
 
 def forget_ties(model: nn.Module) -> None:

@@ -25,16 +25,22 @@ def split_weights(module: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
         whole = node.args[0] if node.op == "call_function" and node.target in SPLITS else None
         tensor = stored.get(str(whole.target)) if isinstance(whole, fx.Node) and whole.op == "get_attr" else None
         along = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-        if tensor is None or along != 0 or tensor.ndim > 2 or any(user.target is not operator.getitem for user in node.users):
+        if (
+            not isinstance(whole, fx.Node)
+            or tensor is None
+            or along != 0
+            or tensor.ndim > 2
+            or any(user.target is not operator.getitem for user in node.users)
+        ):
             continue
         pieces = node.target(tensor.detach(), *node.args[1:])
         starts = [0, *torch.tensor([len(piece) for piece in pieces]).cumsum(0).tolist()]
         for user in list(node.users):
             place = int(user.args[1])
             name = f"{whole.target}_{starts[place]}_{starts[place + 1]}"
-            made[name] = nn.Parameter(pieces[place], requires_grad=tensor.requires_grad)
+            made[name] = part = nn.Parameter(pieces[place], requires_grad=tensor.requires_grad)
             owner, _, last = name.rpartition(".")
-            module.get_submodule(owner).register_parameter(last, made[name])
+            module.get_submodule(owner).register_parameter(last, part)
             with graph.inserting_before(user):
                 read = graph.get_attr(name)
             read.meta = dict(user.meta)

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,14 +12,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrc.errors import SiteError, UsageError
-from lrc.maps import LinearMap, frozen_base
+from lrc.maps import LinearMap, frozen_base, looked_up
 from lrc.program.adapted import Adapted
-from lrc.program.callable import Callable_
 from lrc.program.edits import put, raise_uses
 from lrc.program.find import consumers, find_products
 from lrc.program.inputs import Inputs
 from lrc.program.late import LateGraphModule, compiled
 from lrc.program.sites import Names, Site, find_sites
+from lrc.program.stored import named_tensors, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,9 @@ class Program:
         self.adapters.pop(fqn, None)
         first = site.uses[0].bias
         for use in site.uses:
+            if use.layout is not None:
+                put(self.graph_module, use.module, self._table(site, made))
+                continue
             own = made if use.bias == first else made.with_bias(self._own_bias(made, first, use.bias))
             if own is not made and own.bias is not None:
                 own.bias.requires_grad_(not self.frozen)
@@ -174,6 +177,18 @@ class Program:
             raise_uses(self.graph_module, uses, taken, self.names.ties)
             self.__dict__.pop("nodes", None)
         self.raised.update(fqns)
+
+    def join(self, fqn: str) -> None:
+        """Let one map stand for a head and for the embeddings that share its weight. Numbers stay; doing so twice is once."""
+        site = self.site(fqn)
+        if not site.joint:
+            self.sites[fqn] = site.shared()
+
+    def _table(self, site: Site, made: LinearMap) -> LinearMap:
+        try:
+            return looked_up(made)
+        except TypeError as error:
+            raise SiteError(site.fqn, message=f"an embedding shares the weight, and {error}", hint="Untie it first") from error
 
     def narrow(self, nodes: Iterable[str], features: int) -> None:
         """Say that values have `features` in their last dimension now, as maps of another shape have made it."""
@@ -220,7 +235,7 @@ class Program:
     def unsupported(self) -> list[str]:
         """Return the operations that read stored matrices of two or more dimensions and are no sites, by plain names."""
         graph = self.graph_module.graph
-        named = dict(_named(self.graph_module, remove_duplicate=False))
+        named = dict(named_tensors(self.graph_module, remove_duplicate=False))
         found = consumers(graph, find_products(graph, named), named)
         return sorted({name for names in found.values() for name in names})
 
@@ -272,19 +287,11 @@ class Program:
     def module(self) -> nn.Module:
         """Return a module that takes and returns what the captured one did."""
         compiled(self.graph_module)
+        from lrc.program.as_module import Callable_
+
         return Callable_(self)
 
     def __str__(self) -> str:
         from lrc.program.text import program_text
 
         return program_text(self)
-
-
-def stored_tensors(graph_module: fx.GraphModule) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a graph module by name, each object once."""
-    return dict(_named(graph_module))
-
-
-def _named(graph_module: fx.GraphModule, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
-    yield from graph_module.named_parameters(remove_duplicate=remove_duplicate)
-    yield from graph_module.named_buffers(remove_duplicate=remove_duplicate)

@@ -1,14 +1,14 @@
 """Sites: the weights of a program at their places, found by storage and shape, never by a table of model names."""
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
-from lrc.maps import Layout, LinearMap, Rows
-from lrc.program.find import consumers, find_products, inside
+from lrc.maps import JointRows, Layout, LinearMap, Rows
+from lrc.program.find import consumers, find_products, inside, shared_lookups
 from lrc.program.products import Product
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Use:
 
     module: the name under which the map stands in the graph and in the user's module; node: the node that gives the
     output; input: the node that is read; bias: the name of this use's own bias, or None; context: the other nodes that the
-    map is given, by the names of its arguments.
+    map is given, by the names of its arguments. layout: how it reads the weight, where not as its site does.
     """
 
     module: str
@@ -36,6 +36,7 @@ class Use:
     input: str
     bias: str | None = None
     context: tuple[tuple[str, str], ...] = ()
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Site:
     fqn: the fully qualified name, that of the first use in model order. weight_name: the stored tensor. layout: how that
     tensor acts as a matrix of `shape`, (out_features, in_features). type_name: class of the module that owns it. tied: what
     else reads the same storage (`embedding`). has_module: False where the weight is a bare parameter of a larger module.
+    lookups: the embeddings among `tied`, where there is nothing else, so that one map may stand for all of them (`shared`).
     """
 
     program: "Program"
@@ -57,6 +59,18 @@ class Site:
     uses: tuple[Use, ...]
     tied: tuple[str, ...] = ()
     has_module: bool = True
+    lookups: tuple[Use, ...] = ()
+
+    @property
+    def joint(self) -> bool:
+        """Whether one map stands for a head and for the embeddings that it shares its weight with."""
+        return any(use.layout is not None for use in self.uses)
+
+    def shared(self) -> "Site":
+        """Return the site with its lookups among its uses. Raises ValueError where it has none."""
+        if not self.lookups:
+            raise ValueError(f"{self.fqn} shares no table")
+        return replace(self, uses=self.uses + self.lookups, lookups=(), tied=(), layout=JointRows())
 
     @property
     def out_features(self) -> int:
@@ -131,14 +145,16 @@ def find_sites(program: "Program", graph: fx.Graph, tensors: Mapping[str, Tensor
     """Return the sites of a graph, by name, in model order."""
     products = find_products(graph, tensors)
     others = consumers(graph, products, tensors)
-    busy = _modules_that_do_more(graph, products)
+    tables = shared_lookups(graph, products, tensors)
+    busy = _modules_that_do_more(graph, [*products, *(product for found in tables.values() for product in found)])
     grouped: dict[str, list[Product]] = {}
     for product in products:
         grouped.setdefault(product.weight, []).append(product)
     order = {name: i for i, name in enumerate(names.canonical)}
     sites = []
     for weight, group in grouped.items():
-        sites.append(_site(program, weight, group, names, tensors, order, others.get(weight, []), busy))
+        made = _site(program, weight, group, names, tensors, order, others.get(weight, []), busy)
+        sites.append(_with_lookups(made, tables.get(weight, []), names, others.get(weight, []), busy))
     sites.sort(key=lambda site: order.get(f"{site.fqn}.weight", order[site.weight_name]))
     return {site.fqn: site for site in sites}
 
@@ -173,6 +189,18 @@ def _site(
         tied=tuple(sorted(set(others))),
         has_module=all(owner[2] for owner, _ in placed),
     )
+
+
+def _with_lookups(site: Site, tables: Sequence[Product], names: Names, others: Sequence[str], busy: Set[str | None]) -> Site:
+    """Return the site with the embeddings that share its weight, where nothing else reads it and each has a module."""
+    owners = [_owner(product, names.aliases[names.canonical[site.weight_name]], busy) for product in tables]
+    if len(tables) != len(others) or not all(owner[2] for owner in owners):
+        return site
+    uses = [
+        Use(owner[0], product.node.name, product.reads.name, layout=product.layout)
+        for owner, product in zip(owners, tables, strict=True)
+    ]
+    return replace(site, lookups=tuple(uses))
 
 
 def _names(context: Mapping[str, fx.Node]) -> tuple[tuple[str, str], ...]:

@@ -26,7 +26,8 @@ DTYPES = {
 NAMES = {  # what we call an operation, whatever torch calls it
     "view": "reshape", "unsafe_view": "reshape", "t": "transpose", "numpy_T": "transpose", "permute": "permute",
     "scaled_dot_product_attention": "attention", "sym_size": "size", "sym_numel": "numel", "to": "cast",
-    "cat": "concat", "index_select": "gather", "ge": "greater_equal", "le": "less_equal", "gt": "greater", "lt": "less",
+    "cat": "concat", "index_select": "gather", "gathered": "gather", "ge": "greater_equal", "le": "less_equal",
+    "gt": "greater", "lt": "less",
     "ne": "not_equal", "eq": "equal", "bitwise_and": "and", "bitwise_or": "or", "bitwise_not": "not", "truediv": "div",
 }  # fmt: skip
 SILENT = {  # arguments that say nothing about the mathematics

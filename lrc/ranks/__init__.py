@@ -1,9 +1,9 @@
 """Rank policies and allocators: pure functions from spectra, sizes and a budget to ranks."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from lrc.ranks.allocate_field import AllocateField
+from lrc.ranks.allocate import AllocateField, AllocatorOptions, Auto, settled
 from lrc.ranks.base import (
     Choice,
     FixedRank,
@@ -19,21 +19,23 @@ from lrc.ranks.base import (
 )
 from lrc.ranks.budgets import (
     Allocation,
-    Allocator,
     FlopsKept,
+    Judge,
     LatencyKept,
     LatencyMs,
     ParamsKept,
     Search,
     Setting,
     SizeMb,
+    Tried,
+    Verdict,
     flops_kept,
     latency_kept,
     latency_ms,
     params_kept,
     size_mb,
 )
-from lrc.ranks.candidates import Budget, Candidates, Offer, Unit
+from lrc.ranks.candidates import Budget, Candidates, Evidence, Offer, Unit
 from lrc.ranks.contribution import Contribution, ContributionRank, contribution
 from lrc.ranks.fronts import Front
 from lrc.ranks.joint import GroupCurve, measured_of
@@ -48,6 +50,7 @@ from lrc.ranks.policies import (
     fixed_rank,
     fraction_rank,
 )
+from lrc.ranks.quality import Quality, QualityBudget, quality
 from lrc.spec.registry import RANKS, Rule
 
 BUILTIN: tuple[Rule[Any, Any], ...] = (
@@ -60,6 +63,7 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
     flops_kept,
     latency_kept,
     latency_ms,
+    quality,
     contribution,
 )
 
@@ -68,21 +72,21 @@ def allocate_ranks(
     curves: Sequence[SiteCurve | GroupCurve | MixedCurve],
     options: RankPolicy,
     *,
-    allocate: Allocator | Literal["auto"] = "auto",
+    allocate: AllocatorOptions | str = "auto",
     round_to: int = 1,
     rest: int = 0,
+    judge: Judge | None = None,
     search: Search | None = None,
 ) -> Allocation:
     """Return every site's (or group's) rank and form, or the reason why it stays dense, and what there is to note.
 
-    allocate "auto": global where the losses of different layers may be compared, else uniform. rest: bytes of the model
-    beside what the sites free. search: what improves that allocation with the model at hand (`learned`).
+    allocate: the options of an allocator, or its name. rest: bytes of the model beside what the sites free. judge: measures
+    the model of some choices, for a budget of quality. search: what improves an allocation with the model at hand (`learned`).
     """
     rule = RANKS.for_options(options)
     if type(options).budget:
-        if allocate == "auto":
-            allocate = "global" if all(curve.additive for curve in curves) else "uniform"
-        found: Allocation = rule(curves, options, Setting(allocate, round_to, rest, search))
+        chosen = settled(allocate, additive=all(curve.additive for curve in curves))
+        found: Allocation = rule(curves, options, Setting(chosen, round_to, rest, judge, search))
         return found
     alone = [curve for curve in curves if not isinstance(curve, MixedCurve)]  # these are offered under a budget alone
     return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in alone})
@@ -92,7 +96,7 @@ def choose(
     curves: Sequence[SiteCurve],
     options: RankPolicy,
     *,
-    allocate: Allocator | Literal["auto"] = "auto",
+    allocate: AllocatorOptions | str = "auto",
     round_to: int = 1,
     rest: int = 0,
 ) -> dict[str, Choice]:
@@ -137,7 +141,8 @@ __all__ = [
     "BUILTIN",
     "AllocateField",
     "Allocation",
-    "Allocator",
+    "AllocatorOptions",
+    "Auto",
     "BreakevenRank",
     "Budget",
     "Candidates",
@@ -145,12 +150,14 @@ __all__ = [
     "Contribution",
     "ContributionRank",
     "EnergyRank",
+    "Evidence",
     "FixedRank",
     "FlopsKept",
     "Form",
     "FractionRank",
     "Front",
     "GroupCurve",
+    "Judge",
     "LatencyKept",
     "LatencyMs",
     "LearnedAllocation",
@@ -158,6 +165,8 @@ __all__ = [
     "Offer",
     "ParamsKept",
     "ProductForm",
+    "Quality",
+    "QualityBudget",
     "RankField",
     "RankPolicy",
     "Search",
@@ -165,7 +174,9 @@ __all__ = [
     "SiteCurve",
     "SizeMb",
     "Times",
+    "Tried",
     "Unit",
+    "Verdict",
     "allocate_ranks",
     "choose",
     "contribution",

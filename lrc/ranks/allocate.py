@@ -1,12 +1,82 @@
-"""How a budget is shared by sites that each offer candidates: functions from costs and losses to one place a site."""
+"""How a budget is shared by sites that each offer candidates: functions from costs and losses to one place a site.
+
+An allocator is such a function, `(sites, options, budget) -> (one place a site, what the plan should say)`, tied to its
+options; it never spends more than the budget's amount, which the cheapest candidates fit.
+"""
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar
 
-from lrc.ranks.candidates import Budget, Candidates, total_cost, total_loss
+from lrc.ranks.candidates import Budget, Candidates, Places, total_cost, total_loss
+from lrc.spec.base import Tagged
+from lrc.spec.registry import ALLOCATORS, Registered, Rule
 
+P = ParamSpec("P")
+R = TypeVar("R")
 HALVINGS = 60
+
+
+class AllocatorOptions(Tagged):
+    """Who gets what of a budget. measures: what is measured on the model before, as the candidates' evidence."""
+
+    measures: ClassVar[Literal["", "influence", "sensitivity"]] = ""
+
+
+class Auto(AllocatorOptions):
+    """global where the losses of different layers may be compared (kfac), else uniform."""
+
+    type: Literal["auto"] = "auto"
+
+
+class Global(AllocatorOptions):
+    """By marginal loss per cost; never a higher predicted loss than the same share everywhere."""
+
+    type: Literal["global"] = "global"
+
+
+class Uniform(AllocatorOptions):
+    """The same share of its cost for every site."""
+
+    type: Literal["uniform"] = "uniform"
+
+
+def allocator(options: type[AllocatorOptions]) -> Callable[[Callable[P, R]], Rule[P, R]]:
+    """Tie an allocator `(sites, options, budget) -> Places` to its options model. Registers nothing."""
+    return ALLOCATORS.rule(options)
+
+
+AllocateField = Annotated[AllocatorOptions, Registered(ALLOCATORS)]
+
+
+@allocator(Auto)
+def automatic(sites: Sequence[Candidates], options: Auto, budget: Budget) -> Places:
+    """Stand for `global` or `uniform`; `settled` says which, since candidates do not know in what unit their losses are."""
+    return best_of(sites, budget), ()
+
+
+@allocator(Global)
+def shared_globally(sites: Sequence[Candidates], options: Global, budget: Budget) -> Places:
+    """Share by marginal loss per cost; never a higher predicted loss than the same share everywhere."""
+    return best_of(sites, budget), ()
+
+
+@allocator(Uniform)
+def shared_uniformly(sites: Sequence[Candidates], options: Uniform, budget: Budget) -> Places:
+    """Give every site the same share of its cost."""
+    return uniform_places(sites, budget), ()
+
+
+def settled(allocate: AllocatorOptions | str, *, additive: bool) -> AllocatorOptions:
+    """Return the options of an allocator, by name or as they are; `auto` is settled by whether losses may be compared."""
+    if isinstance(allocate, str):
+        made: Any = ALLOCATORS.get(allocate).options()
+        allocate = made
+    if isinstance(allocate, Auto):
+        return Global() if additive else Uniform()
+    assert isinstance(allocate, AllocatorOptions)
+    return allocate
 
 
 def best_of(sites: Sequence[Candidates], budget: Budget) -> list[int]:

@@ -11,7 +11,7 @@ from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import PydanticCustomError, core_schema
 from torch import Tensor
 
-from lrc.ranks.candidates import Candidates, Offer, Unit
+from lrc.ranks.candidates import Candidates, Evidence, Offer, Unit
 from lrc.ranks.fronts import Front
 from lrc.spec.base import SpecModel, unknown_key
 from lrc.spec.registry import RANKS, Rule
@@ -28,11 +28,13 @@ Form = Literal["auto", "two_factor", "pivoted"]
 class Times:
     """Measured times of one site at the user's shapes, in ms, all its uses together.
 
-    present: as the site is now. products: form -> measured rank -> time of the product of that rank.
+    present: as the site is now. products: form -> measured rank -> time of the product of that rank. noise: how uncertain
+    they are, relative to themselves.
     """
 
     present: float
     products: Mapping[str, Mapping[int, float]]
+    noise: float = 0.0
 
     def at(self, form: str, ranks: Tensor) -> Tensor:
         """Return the time of the next larger measured rank for each of `ranks`, infinite beyond the largest one, float64."""
@@ -53,7 +55,8 @@ class SiteCurve:
     the site costs as it is, beside its bias, in units where that is not what a dense weight costs. rows: output rows per
     sample, all uses together. looked_up: the input is an index, which multiplies nothing. times: what was measured, where a
     budget of time asks for it. groups: of a weight in as many blocks of rows, each of which reads inputs of its own; every
-    block has the rank. fronts: products in further forms; only: those of the fronts alone are on offer.
+    block has the rank. fronts: products in further forms; only: those of the fronts alone are on offer. evidence: what was
+    measured for an allocator.
     """
 
     name: str
@@ -74,6 +77,7 @@ class SiteCurve:
     groups: int = 1
     fronts: tuple[Front, ...] = ()
     only: bool = False
+    evidence: Evidence = field(default_factory=Evidence)
 
     @property
     def dense_size(self) -> int:
@@ -120,9 +124,11 @@ class SiteCurve:
         for front in self.fronts:
             allowed = self.of_front("bytes", front) < self.stored
             offers.append(front.offer(allowed, self.of_front(unit, front)))
-        below = self.present(unit) * (1 - NOISE if unit == "ms" else 1)
+        below = self.present(unit) * (1 - max(NOISE, self._measured.noise) if unit == "ms" else 1)
         kind = f"{re.sub(r'[0-9]+', '*', self.name)} {self.out_features} x {self.in_features}"
-        return Candidates.of(self.name, offers, self.present(unit), below=below, fixed=self.fixed(unit), kind=kind)
+        return Candidates.of(
+            self.name, offers, self.present(unit), below=below, fixed=self.fixed(unit), kind=kind, evidence=self.evidence
+        )
 
     def cost(self, unit: Unit, form: ProductForm, ranks: Tensor) -> Tensor:
         """Return what products of `ranks` (k,) in `form` cost beside the dense bias, (k,), float64."""

@@ -1,46 +1,69 @@
 """Budgets over all sites together: an amount of numbers, bytes, FLOPs or time, shared by an allocator."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
 from lrc.errors import UsageError
-from lrc.ranks.allocate import best_of, uniform_places
+from lrc.ranks.allocate import AllocatorOptions
 from lrc.ranks.base import Choice, RankPolicy, SiteCurve, rank_policy
-from lrc.ranks.candidates import Budget, Candidates, Unit, total_cost
-from lrc.ranks.exact import exact_places
+from lrc.ranks.candidates import Budget, Candidates, Places, Unit, total_cost
 from lrc.ranks.joint import GroupCurve
-from lrc.ranks.log_inverse import log_inverse_places
 from lrc.ranks.mixed import MixedCurve
+from lrc.spec.registry import ALLOCATORS
 
 Curve = SiteCurve | GroupCurve | MixedCurve
-Places = tuple[list[int], tuple[str, ...]]  # one a site, and what the plan should say
-Allocator = Literal["global", "uniform", "exact", "loss_log_inverse"]
 Search = Callable[[Sequence[Candidates], Budget, Sequence[int]], Places]  # from the places of another allocator
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a metric says of a model: its value, whether that is within the bound, and both in words."""
+
+    metric: str
+    value: float
+    ok: bool
+    text: str
+
+
+Judge = Callable[[Mapping[str, Choice]], Verdict]
 
 
 @dataclass(frozen=True)
 class Setting:
     """What stands beside a budget: who shares it, the multiple that ranks are of, and the bytes of the rest of the model.
 
-    search: what improves the places of `allocate` with the model at hand, where they are learned.
+    judge: makes the model of some choices and measures it; only a budget of quality asks for it. search: what improves the
+    places of `allocate` with the model at hand, where they are learned.
     """
 
-    allocate: Allocator
+    allocate: AllocatorOptions
     round_to: int = 1
     rest: int = 0
+    judge: Judge | None = None
     search: Search | None = None
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A budget that was tried on the model: its name and amount, what it chose, and what was found."""
+
+    budget: str
+    amount: float
+    choices: dict[str, Choice]
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
 class Allocation:
-    """Every site's choice, and what the plan should say of how it came about."""
+    """Every site's choice, what the plan should say of how it came about, and the budgets that were tried on the way."""
 
     choices: dict[str, Choice]
     notes: tuple[str, ...] = ()
+    tried: tuple[Tried, ...] = ()
 
 
 class BudgetPolicy(RankPolicy):
@@ -149,14 +172,19 @@ def within_amount(curves: Sequence[Curve], options: RankPolicy, key: str, amount
 
 def kept_share(curves: Sequence[Curve], options: RankPolicy, key: str, kept: float, setting: Setting) -> Allocation:
     """Share out a fraction of what all sites cost now in the unit of `options`."""
-    sites = [curve.candidates(options.unit, setting.round_to) for curve in curves]
+    return within_share(curves, options.unit, kept, setting, key)
+
+
+def within_share(curves: Sequence[Curve], unit: Unit, kept: float, setting: Setting, key: str = "") -> Allocation:
+    """Share out a fraction of what all sites cost now. Raises UsageError, on `key`, where the smallest ranks cost more."""
+    sites = [curve.candidates(unit, setting.round_to) for curve in curves]
     fixed = sum(site.fixed for site in sites)
     whole = fixed + sum(float(site.costs[-1]) for site in sites)
     amount = kept * whole * (1 + 1e-12)  # so that rounding does not refuse a share that is met exactly
     least = fixed + total_cost(sites, [0] * len(sites))
     if least > amount:
         raise refusal(key, least / whole, kept)
-    return share_out(sites, Budget(amount - fixed, kept), setting, options.unit)
+    return share_out(sites, Budget(amount - fixed, kept), setting, unit)
 
 
 def refusal(key: str, least: float, got: float) -> UsageError:
@@ -167,32 +195,6 @@ def refusal(key: str, least: float, got: float) -> UsageError:
     return UsageError(f"rank.{key}", expected=f"at least {least:g} (the {which} ranks everywhere)", got=f"{got:g}")
 
 
-def shared_globally(sites: Sequence[Candidates], budget: Budget) -> Places:
-    """Share by marginal loss per cost; never a higher predicted loss than the same share everywhere."""
-    return best_of(sites, budget), ()
-
-
-def shared_uniformly(sites: Sequence[Candidates], budget: Budget) -> Places:
-    """Give every site the same share of its cost."""
-    return uniform_places(sites, budget), ()
-
-
-def shared_exactly(sites: Sequence[Candidates], budget: Budget) -> Places:
-    """Find the least predicted loss by integer programming; never a higher one than `global`."""
-    return exact_places(sites, budget, best_of(sites, budget))
-
-
-def shared_by_log_inverse(sites: Sequence[Candidates], budget: Budget) -> Places:
-    """Give sites of one kind shares by the inverse logarithm of their losses."""
-    return log_inverse_places(sites, budget), ()
-
-
-ALLOCATORS: dict[Allocator, Callable[[Sequence[Candidates], Budget], Places]] = {
-    "global": shared_globally,
-    "uniform": shared_uniformly,
-    "exact": shared_exactly,
-    "loss_log_inverse": shared_by_log_inverse,
-}
 WORTH: dict[Unit, str] = {
     "numbers": "its parameters are",
     "bytes": "its bytes are",
@@ -204,7 +206,7 @@ SMALLER: dict[Unit, str] = {"numbers": "smaller", "bytes": "smaller", "flops": "
 
 def share_out(sites: Sequence[Candidates], budget: Budget, setting: Setting, unit: Unit) -> Allocation:
     """Return the choices of the setting's allocator."""
-    places, notes = ALLOCATORS[setting.allocate](sites, budget)
+    places, notes = ALLOCATORS.for_options(setting.allocate)(sites, setting.allocate, budget)
     if setting.search is not None:
         places, notes = setting.search(sites, budget, places)
     return Allocation({site.name: _choice(site, place, unit) for site, place in zip(sites, places, strict=True)}, notes)

@@ -11,6 +11,20 @@ Unit = Literal["numbers", "bytes", "flops", "ms"]
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What was measured on the model for one site, where an allocator asks for it.
+
+    block: the name of the repeated block that it is in, "" outside of any. influence: 1 - cosine of what that block reads
+    and gives, None where that is not known. sensitivity: (kept share of the site's cost, how much worse the model is with
+    this site alone at that share), larger is worse, in any one unit for all sites.
+    """
+
+    block: str = ""
+    influence: float | None = None
+    sensitivity: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Offer:
     """Products of one form: ranks (k,) int64, costs (k,) float64, losses (k,) float64.
 
@@ -30,7 +44,7 @@ class Candidates:
 
     ranks, forms, every: of the products, k of them (see `Offer`); only who made them reads these. costs, losses:
     (k + 1,), float64; costs grow strictly. fixed: what the site costs besides, whatever is chosen. kind: sites of one kind are
-    alike (the same layer of another block).
+    alike (the same layer of another block). evidence: what was measured for the allocator.
     """
 
     name: str
@@ -41,6 +55,7 @@ class Candidates:
     fixed: float = 0.0
     kind: str = ""
     every: tuple[tuple[int, ...], ...] = ()
+    evidence: Evidence = Evidence()
 
     @classmethod
     def of(
@@ -52,6 +67,7 @@ class Candidates:
         below: float | None = None,
         fixed: float = 0.0,
         kind: str = "",
+        evidence: Evidence = Evidence(),
     ) -> "Candidates":
         """Sort offers of any forms; those that another one beats in cost and loss go, and those that cost too much.
 
@@ -78,6 +94,7 @@ class Candidates:
             fixed,
             kind,
             tuple(every[i] for i in order.tolist()),
+            evidence,
         )
 
     def best(self, price: float) -> int:
@@ -97,6 +114,9 @@ class Budget:
 
     amount: float
     share: float
+
+
+Places = tuple[list[int], tuple[str, ...]]  # one a site, and what the plan should say
 
 
 def total_cost(sites: Sequence[Candidates], places: Sequence[int]) -> float:

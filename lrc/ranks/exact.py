@@ -1,13 +1,15 @@
 """The least loss within a budget, by integer programming over a grid of every site's candidates."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_matrix
 
-from lrc.ranks.candidates import Budget, Candidates, total_cost, total_loss
+from lrc.ranks.allocate import AllocatorOptions, allocator, best_of
+from lrc.ranks.candidates import Budget, Candidates, Places, total_cost, total_loss
 
 SECONDS = 30.0
 GRID = 64  # candidates a site; beyond it the programme grows and the optimum hardly moves
@@ -15,7 +17,19 @@ GAP = 1e-6
 TOLERANCE = 2e-6  # twice the feasibility tolerance of HiGHS
 
 
-def exact_places(sites: Sequence[Candidates], budget: Budget, start: Sequence[int]) -> tuple[list[int], tuple[str, ...]]:
+class Exact(AllocatorOptions):
+    """The least predicted loss, by integer programming over about 64 ranks a site; never a higher one than `global`."""
+
+    type: Literal["exact"] = "exact"
+
+
+@allocator(Exact)
+def shared_exactly(sites: Sequence[Candidates], options: Exact, budget: Budget) -> Places:
+    """Find the least predicted loss, starting from that of `global`."""
+    return exact_places(sites, budget, best_of(sites, budget))
+
+
+def exact_places(sites: Sequence[Candidates], budget: Budget, start: Sequence[int]) -> Places:
     """Return the places with the least summed loss that the solver finds in SECONDS, and a note on how good they are.
 
     start: places within the budget, which are returned where nothing better is found. A site with more than GRID candidates

@@ -13,14 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lrc.ranks.candidates import Budget, Candidates, total_cost
-from lrc.spec.base import Tagged
+from lrc.ranks.allocate import HALVINGS, AllocatorOptions, allocator, best_of
+from lrc.ranks.candidates import Budget, Candidates, Places, total_cost
 
-HALVINGS = 60
 Vector = np.ndarray
 
 
-class LearnedAllocation(Tagged):
+class LearnedAllocation(AllocatorOptions):
     """Train every layer's truncation on the model's own loss (Dobi-SVD)."""
 
     type: Literal["learned"] = "learned"
@@ -36,6 +35,12 @@ class LearnedAllocation(Tagged):
         description="labels: cross-entropy to the next token or the data's labels; model: the distance from what the model "
         "itself gives; auto: labels where there are some.",
     )
+
+
+@allocator(LearnedAllocation)
+def where_learning_starts(sites: Sequence[Candidates], options: LearnedAllocation, budget: Budget) -> Places:
+    """Return where training starts for sites alone; a pass starts at `auto` and has the model to train with."""
+    return best_of(sites, budget), ()
 
 
 def mask(position: Tensor, count: int, width: float) -> Tensor:

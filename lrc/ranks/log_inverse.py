@@ -1,13 +1,25 @@
 """Shares of a budget by the inverse logarithm of the loss, within groups of like sites: the allocation of SVD-LLM v2."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lrc.ranks.candidates import Budget, Candidates, total_cost
+from lrc.ranks.allocate import HALVINGS, AllocatorOptions, allocator
+from lrc.ranks.candidates import Budget, Candidates, Places, total_cost
 
-HALVINGS = 60
+
+class LossLogInverse(AllocatorOptions):
+    """Shares by the inverse logarithm of the loss within sites of one kind (SVD-LLM v2)."""
+
+    type: Literal["loss_log_inverse"] = "loss_log_inverse"
+
+
+@allocator(LossLogInverse)
+def shared_by_log_inverse(sites: Sequence[Candidates], options: LossLogInverse, budget: Budget) -> Places:
+    """Give sites of one kind shares by the inverse logarithm of their losses."""
+    return log_inverse_places(sites, budget), ()
 
 
 def log_inverse_places(sites: Sequence[Candidates], budget: Budget) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.errors import UsageError
+from lrc.report.budgets import point_charts, point_rows
 from lrc.report.curves import curve
 from lrc.report.tables import summary_lines
 from lrc.report.units import count, share, size
@@ -34,6 +35,7 @@ def html_report(plan: Plan, manifest: Mapping[str, Any], metrics: Mapping[str, A
         *(part for run in manifest.get("training", ()) for part in curve(run)),
         *_section("Gates", metrics.get("gates", ())),
         *_section("Checks of the artifacts, reloaded in a fresh process", manifest.get("parity", ())),
+        *_section("Budgets that were tried", point_rows(plan)), *point_charts(plan.points),
         "<h2>Share of the rank that is kept</h2>", _bars(ranked, "rank"),
         "<h2>Predicted loss</h2>", _bars(ranked, "loss"),
         "<h2>Decisions</h2>", _decisions(plan.decisions),
@@ -96,7 +98,11 @@ def _value(d: Decision, what: str) -> tuple[float, str]:
 
 
 def _decisions(decisions: Sequence[Decision]) -> str:
-    head = "<tr><th>site<th>pass<th>rule<th>before<th>after<th class=n>kept<th class=n>FLOPs/token<th class=n>bytes<th>note"
+    timed = any(d.latency for d in decisions)
+    head = (
+        "<tr><th>site<th>pass<th>rule<th>before<th>after<th class=n>kept<th class=n>FLOPs/token<th class=n>bytes"
+        f"{'<th class=n>ms' if timed else ''}<th>note"
+    )
     rows = []
     for d in decisions:
         note = "; ".join(([f"stays: {d.keep}"] if d.keep else []) + list(d.notes))
@@ -104,6 +110,10 @@ def _decisions(decisions: Sequence[Decision]) -> str:
         rows.append(
             f"<tr class={'kept' if d.keep else 'changed'}>" + "".join(f"<td>{escape(c)}" for c in cells)
             + f"<td class=n>{share(d.after.parameters, d.before.parameters)}<td class=n>{count(d.after.flops)}"
-            + f"<td class=n>{size(d.after.bytes)}<td>{escape(note)}"
+            + f"<td class=n>{size(d.after.bytes)}{_ms(d) if timed else ''}<td>{escape(note)}"
         )  # fmt: skip
     return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _ms(d: Decision) -> str:
+    return f"<td class=n>{d.latency[0]:.3g} → {d.latency[1]:.3g}" if d.latency else "<td class=n>"

@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lrc.report.budgets import point_rows
 from lrc.report.units import count, share, size
 from lrc.run.plan import Decision, Plan, totals
 
@@ -24,7 +25,10 @@ def plan_table(plan: Plan) -> RenderableType:
         table.add_column(name, justify=justify, overflow="fold")
     for decision in plan.decisions:
         table.add_row(*_row(decision, timed), style="dim" if decision.keep else None)
-    return Group(table, *(Text(line) for line in summary_lines(plan)))
+    parts: list[RenderableType] = [table, *(Text(line) for line in summary_lines(plan))]
+    if plan.points:
+        parts += [Text(""), Text("budgets that were tried (* is the one of this plan)"), rows_table(point_rows(plan))]
+    return Group(*parts)
 
 
 def _row(d: Decision, timed: bool) -> tuple[str, ...]:

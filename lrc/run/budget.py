@@ -1,7 +1,7 @@
 """What a budget must know of the program beside spectra, and what the plan says of how it was spent."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +10,14 @@ from scipy.optimize import isotonic_regression
 
 from lrc.maps import Structure
 from lrc.measure import digest
-from lrc.measure.operators import BASELINE, measure_operators
+from lrc.measure.operators import NOISE, PRESENT, bucket, measure_operators
 from lrc.measure.workload import Shapes, rows_per_sample, shapes_at, shapes_per_use, typical
 from lrc.program import Program, Site
-from lrc.ranks import Front, GroupCurve, SiteCurve, Times, Unit, measured_ranks
+from lrc.ranks import Front, GroupCurve, QualityBudget, SiteCurve, Times, Unit, allocate_ranks, measured_ranks
+from lrc.ranks.base import NOISE as MARGIN
 from lrc.run.plan import Decision
 from lrc.run.session import Session
+from lrc.run.statistics import outline_of
 from lrc.run.summary import outline
 
 Table = dict[str, float]
@@ -26,6 +28,23 @@ def check_shapes(program: Program, session: Session, options: Any) -> None:
     """Raise UsageError for shapes that the program does not take, before anything is measured or decomposed."""
     if unit_of(options) in ("flops", "ms"):
         shapes_at(program, [program.inputs.examples], options.at)
+
+
+def check_budget(program: Program, session: Session, options: Any, fqns: Sequence[str]) -> None:
+    """Raise UsageError for a budget that not even the smallest ranks meet, by shapes alone, before anything is measured.
+
+    What only a decomposition tells (a bias that the layer lacks), and times, may make another one impossible later on.
+    """
+    unit, round_to = unit_of(options), options.round_to
+    if unit in (None, "ms"):
+        return
+    sites = [program.sites[fqn] for fqn in fqns]
+    curves = {site.fqn: outline_of(site, options.form, min(round_to, *site.shape)) for site in sites}
+    if unit == "flops":
+        curves = priced(program, session, options, curves)
+    rest = rest_of(program, curves)
+    if not isinstance(options.rank, QualityBudget):
+        allocate_ranks(list(curves.values()), options.rank, allocate="uniform", round_to=round_to, rest=rest)
 
 
 def priced(program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve]) -> dict[str, SiteCurve]:
@@ -45,25 +64,45 @@ def timed(
 ) -> dict[str, SiteCurve]:
     """Return the curves with the time of each site at the shapes `at`; sites that are alike are measured once."""
     device = next(iter(program.tensors().values())).device
+    model = read_in_a_run(program)
     wanted: dict[str, tuple[dict[str, Structure], tuple[int, ...], Site]] = {}
     uses: dict[str, list[str]] = {}
     for fqn, curve in curves.items():
         site = program.sites[fqn]
         structures = operators(site, curve, options.round_to)
         for shape in shapes_per_use(program, site, at):
-            key = digest(structures, shape, site.dtype)
+            key = digest(structures, shape, site.dtype, bucket(model - read_at(site)))
             wanted[key] = (structures, shape, site)
             uses.setdefault(fqn, []).append(key)
     tables = {
-        key: measure_operators(session.cache, structures, shape, indices=indices(site), dtype=site.dtype, device=device)
+        key: measure_operators(
+            session.cache, structures, shape, indices=indices(site), dtype=site.dtype, device=device,
+            between=model - read_at(site),
+        )
         for key, (structures, shape, site) in session.track("time", wanted.items())
-    }
-    return {fqn: with_times(curve, [tables[key] for key in uses[fqn]]) for fqn, curve in curves.items()}
+    }  # fmt: skip
+    found = {fqn: with_times(curve, [tables[key] for key in uses[fqn]]) for fqn, curve in curves.items()}
+    noise = max((curve.times.noise for curve in found.values() if curve.times is not None), default=0.0)
+    if noise > MARGIN:
+        session.notices.append(
+            f"times on this device are uncertain by up to {noise:.1%}: a layer stays dense where its gain is not larger"
+        )
+    return found
+
+
+def read_in_a_run(program: Program) -> int:
+    """Return the bytes of weights that a run of the model reads: all but those of tables, of which it reads few rows."""
+    return program.size()[1] - sum(site.map.cost().bytes for site in program.sites.values() if site.kind == "embedding")
+
+
+def read_at(site: Site) -> int:
+    """Return the bytes of weights that a run reads at one site."""
+    return 0 if site.kind == "embedding" else site.map.cost().bytes
 
 
 def operators(site: Site, curve: SiteCurve, round_to: int) -> dict[str, Structure]:
     """Return what is measured for a site, by name: what stands there, and products of some ranks in the forms asked for."""
-    found = {BASELINE: site.map.structure()}
+    found = {PRESENT: site.map.structure()}
     for form in site.layout.forms:
         if curve.form in ("auto", form) and not curve.only:
             for rank in measured_ranks(curve, form, round_to):
@@ -103,17 +142,18 @@ def together(tables: list[Table]) -> Times:
     Of one form, a larger rank takes no less time: what the measured times say otherwise is noise, which the closest rising
     ones leave out.
     """
-    total = {name: sum(table[name] for table in tables) for name in tables[0]}
+    noise = max(table.get(NOISE, 0.0) for table in tables)
+    total = {name: sum(table[name] for table in tables) for name in tables[0] if name != NOISE}
     products: dict[str, dict[int, float]] = {}
     for name, ms in total.items():
-        if name != BASELINE:
+        if name != PRESENT:
             form, rank = name.split()
             products.setdefault(form, {})[int(rank)] = ms
     for form, of_form in products.items():
         ranks = sorted(of_form)
         rising = isotonic_regression([of_form[rank] for rank in ranks]).x
         products[form] = dict(zip(ranks, map(float, rising), strict=True))
-    return Times(total[BASELINE], products)
+    return Times(total[PRESENT], products, noise)
 
 
 def unit_of(options: Any) -> Unit | None:

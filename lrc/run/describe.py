@@ -8,6 +8,7 @@ from lrc.program import Program
 from lrc.spec.load import preset_names
 from lrc.spec.registry import (
     ADAPTERS,
+    ALLOCATORS,
     EXPORTERS,
     INITIALISERS,
     METRICS,
@@ -22,8 +23,8 @@ from lrc.spec.registry import (
 )
 
 REGISTRIES: dict[str, Registry] = {
-    "passes": PASSES, "solvers": SOLVERS, "splitters": SPLITTERS, "ranks": RANKS, "adapters": ADAPTERS,
-    "initialisers": INITIALISERS, "optimizers": OPTIMIZERS, "objectives": OBJECTIVES, "recipes": RECIPES,
+    "passes": PASSES, "solvers": SOLVERS, "splitters": SPLITTERS, "ranks": RANKS, "allocators": ALLOCATORS,
+    "adapters": ADAPTERS, "initialisers": INITIALISERS, "optimizers": OPTIMIZERS, "objectives": OBJECTIVES, "recipes": RECIPES,
     "metrics": METRICS, "exports": EXPORTERS,
 }  # fmt: skip
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 from lrc.maps import LinearMap
-from lrc.measure.operators import BASELINE, measure_operators
+from lrc.measure.operators import PRESENT, measure_operators
 from lrc.measure.workload import rows_per_sample, shapes_at, shapes_per_use, typical
 from lrc.program import Program
 from lrc.program.absorb import absorb_places
 from lrc.ranks import Choice, GroupCurve, allocate_ranks, measured_of
-from lrc.run.budget import check_shapes, rest_of, spent, together, unit_of, with_latency
+from lrc.run.budget import check_shapes, read_at, read_in_a_run, rest_of, spent, together, unit_of, with_latency
 from lrc.run.groups import Group, GroupStore, check_rank, find_groups, maps_of, summarize_all
 from lrc.run.learning import allocator
 from lrc.run.plan import Decision
@@ -43,6 +43,10 @@ def plan_groups(program: Program, session: Session, options: Any, index: int) ->
     grouped = {fqn for group in groups for fqn in group.sites}
     decisions += [alone(program, s, options, index) for s in selected.values() if s.fqn not in grouped]
     session.notices += [*found.notes, *spent(options, curves, decisions)]
+    if session.pareto is not None:
+        session.notices.append(
+            f"pareto: no budgets are varied for `{options.solver.type}`, which takes several weights at once"
+        )
     return [with_latency(options, curves, d) for d in decisions]
 
 
@@ -99,11 +103,13 @@ def timed(program: Program, session: Session, options: Any, store: GroupStore, c
     tables = []
     for place, fqn in enumerate(group.sites):
         site = program.sites[fqn]
-        structures = {BASELINE: site.map.structure()}
+        structures = {PRESENT: site.map.structure()}
         structures |= {f"{curve.form} {rank}": maps[place].structure() for rank, maps in outlines.items()}
         device = next(iter(program.tensors().values())).device
         for shape in shapes_per_use(program, site, at):
-            tables.append(measure_operators(session.cache, structures, shape, dtype=site.dtype, device=device))
+            between = read_in_a_run(program) - read_at(site)
+            table = measure_operators(session.cache, structures, shape, dtype=site.dtype, device=device, between=between)
+            tables.append(table)
     return replace(curve, times=together(tables))
 
 

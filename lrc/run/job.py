@@ -82,8 +82,7 @@ class Job:
         """Return the hash of everything that decides the bytes of the output."""
         document = self.document.resolved()
         document.pop("output")
-        files = [self.request.dataset] if self.request.dataset else []
-        files += [name for options in self.document.passes for name in getattr(options, "datasets", dict)().values()]
+        files = {name for place, name in self.document.datasets().items() if place != "calibration.dataset"}
         data = {name: sha256(self.request.base / name) for name in files if (self.request.base / name).is_file()}
         return digest("output-2", document, self.program.digest(), data, environment()["versions"])
 

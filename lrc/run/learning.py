@@ -1,27 +1,26 @@
 """`allocate: learned`: a budget shared by training where every layer's truncation stands."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lrc.measure import digest
 from lrc.measure.truncation import Problem, learn
 from lrc.program import Program
-from lrc.ranks import Allocator, Budget, Candidates, LearnedAllocation, Search
+from lrc.ranks import AllocatorOptions, Auto, Budget, Candidates, LearnedAllocation, Search
 from lrc.run.session import Session
 from lrc.run.statistics import Terms
 from lrc.solvers import Decomposition
+from lrc.spec.registry import ALLOCATORS
 
 
-def allocator(options: Any) -> tuple[Allocator | Literal["auto"], LearnedAllocation | None]:
+def allocator(options: Any) -> tuple[AllocatorOptions, LearnedAllocation | None]:
     """Return who shares a pass's budget, and how it is learned from there, if it is."""
-    asked = options.allocate
-    if asked == "auto" and options.solver.shares:
-        asked = options.solver.shares
-    if asked == "learned":
-        asked = LearnedAllocation()
-    return ("auto", asked) if isinstance(asked, LearnedAllocation) else (asked, None)
+    asked: Any = options.allocate
+    if isinstance(asked, Auto) and options.solver.shares:
+        asked = ALLOCATORS.get(options.solver.shares).options()
+    return (Auto(), asked) if isinstance(asked, LearnedAllocation) else (asked, None)
 
 
 def learning(program: Program, session: Session, options: Any, terms: Terms, how: LearnedAllocation | None) -> Search | None:

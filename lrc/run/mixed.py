@@ -4,32 +4,33 @@ Both predict their losses in nats per token, from the same statistics. So one al
 loses less at its share of the budget.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lrc.program import Program
-from lrc.ranks import Choice, GroupCurve, MixedCurve, SiteCurve, allocate_ranks
+from lrc.ranks import Choice, GroupCurve, MixedCurve, SiteCurve
 from lrc.ranks.mixed import APART
-from lrc.run.budget import rest_of, unit_of
+from lrc.run.budget import unit_of
 from lrc.run.group_pass import curves_of, decide
 from lrc.run.groups import GroupStore, find_groups
-from lrc.run.learning import allocator, learning
+from lrc.run.learning import allocator
 from lrc.run.plan import Decision
 from lrc.run.selection import Selected
 from lrc.run.session import Session
-from lrc.run.statistics import Terms
 from lrc.solvers import GroupOptions
 
 
 @dataclass(frozen=True)
-class Shared:
-    """How a budget was shared. choices: of sites that are decided one by one; decisions: those of groups; curves: of these."""
+class Offers:
+    """What a budget is shared among. curves: of sites and of groups of them; joint: those of the groups alone, by name.
 
-    choices: Mapping[str, Choice]
-    decisions: tuple[Decision, ...]
-    curves: Mapping[str, GroupCurve]
-    notes: tuple[str, ...]
+    placed: turns choices into those of sites that are decided one by one, and the decisions of groups.
+    """
+
+    curves: Sequence[SiteCurve | MixedCurve]
+    joint: Mapping[str, GroupCurve]
+    placed: Callable[[Mapping[str, Choice]], tuple[dict[str, Choice], list[Decision]]]
 
 
 def modules_of(program: Program, options: Any) -> GroupOptions | None:
@@ -44,28 +45,27 @@ def with_solver(options: Any, solver: GroupOptions) -> Any:
     return options.model_copy(update={"solver": solver})
 
 
-def share_out(
+def alone(curves: Mapping[str, SiteCurve]) -> Offers:
+    """Return the offers of sites that are all decided one by one."""
+    return Offers(list(curves.values()), {}, lambda choices: (dict(choices), []))
+
+
+def offers(
     program: Program,
     session: Session,
     options: Any,
     index: int,
     selected: Sequence[Selected],
     curves: Mapping[str, SiteCurve],
-    terms: Terms,
-) -> Shared:
-    """Let the rank policy choose among the ranks of every site, and of groups of them where the solver offers any.
+) -> Offers:
+    """Return what the rank policy may choose among: the ranks of every site, and of groups where the solver offers any.
 
-    Where the allocation is learned, sites stand alone: only their truncation can be trained.
+    Where the allocation is learned or looks at single sites, these stand alone.
     """
-    allocate, how = allocator(options)
-    solver = None if how is not None else modules_of(program, options)
+    solver = None if allocator(options)[1] is not None or options.allocate.measures else modules_of(program, options)
     groups = [] if solver is None else find_groups(program, list(curves), solver)
     if solver is None or not groups:
-        found = allocate_ranks(
-            list(curves.values()), options.rank, allocate=allocate, round_to=options.round_to,
-            rest=rest_of(program, curves), search=learning(program, session, options, terms, how),
-        )  # fmt: skip
-        return Shared(found.choices, (), {}, found.notes)
+        return alone(curves)
     grouped = with_solver(options, solver)
     store = GroupStore(program, session, groups, grouped)
     store.solve()
@@ -74,20 +74,22 @@ def share_out(
         g.name: MixedCurve(tuple(curves[s] for s in g.sites), joint[g.name], biases(program, curves, g.sites)) for g in groups
     }
     inside = {fqn for g in groups for fqn in g.sites}
-    offered: list[MixedCurve | SiteCurve] = [*mixed.values(), *(curve for fqn, curve in curves.items() if fqn not in inside)]
-    found = allocate_ranks(offered, options.rank, allocate=allocate, round_to=options.round_to, rest=rest_of(program, curves))
     unit = unit_of(options)
     assert unit is not None, "groups are offered under a budget alone"
     rules = {s.fqn: s for s in selected}
-    choices, decisions, chosen = dict(found.choices), [], {}
-    for group in groups:
-        choice = choices.pop(group.name)
-        if choice.rank is None or choice.form == APART:
-            choices |= mixed[group.name].apart(choice, unit, options.round_to)
-        else:
-            chosen[group.name] = joint[group.name]
-            decisions.append(decide(program, store, group, rules, choice, grouped, index))
-    return Shared(choices, tuple(decisions), chosen, found.notes)
+
+    def placed(choices: Mapping[str, Choice]) -> tuple[dict[str, Choice], list[Decision]]:
+        found, decisions = dict(choices), []
+        for group in groups:
+            choice = found.pop(group.name)
+            if choice.rank is None or choice.form == APART:
+                found |= mixed[group.name].apart(choice, unit, options.round_to)
+            else:
+                decisions.append(decide(program, store, group, rules, choice, grouped, index))
+        return found, decisions
+
+    single = [curve for fqn, curve in curves.items() if fqn not in inside]
+    return Offers([*mixed.values(), *single], {g.name: joint[g.name] for g in groups}, placed)
 
 
 def biases(program: Program, curves: Mapping[str, SiteCurve], fqns: Sequence[str]) -> dict[Any, float]:

@@ -16,7 +16,7 @@ from lrc.forms import NAMES as FORMS
 from lrc.maps import LinearMap
 from lrc.measure.workload import Workload
 from lrc.program import Program, Site
-from lrc.ranks import AllocateField, BreakevenRank, LearnedAllocation, RankField
+from lrc.ranks import AllocateField, Auto, BreakevenRank, LearnedAllocation, QualityBudget, RankField
 from lrc.run.plan import Decision
 from lrc.solvers import Decomposition, GroupOptions, Moments, Need, SolverOptions
 from lrc.spec.base import Tagged
@@ -63,11 +63,10 @@ class RankedOptions(PassOptions):
     )
     rank: RankField = Field(description="A rank for every site, or one budget over all of them.")
     allocate: AllocateField = Field(
-        default="auto",
-        description="How a budget over all targets is shared: by marginal loss per cost (global), to the least loss by integer "
-        "programming (exact), equally (uniform), by the inverse logarithm of the loss (loss_log_inverse), or by training every "
-        "layer's truncation on the model's own loss (learned, or a mapping of its options); auto: global where the solver's "
-        "losses may be compared between layers (kfac), learned for `dobi`, else uniform.",
+        default=Auto(),
+        description="How a budget over all targets is shared: an allocator's name, or a mapping with `type`; auto: global "
+        "(by marginal loss per cost) where the solver's losses may be compared between layers (kfac), learned for `dobi`, else "
+        "uniform.",
     )
     form: Literal[*FORMS] = Field(  # type: ignore[valid-type]  # the list of forms is one tuple
         default="auto",
@@ -76,10 +75,10 @@ class RankedOptions(PassOptions):
     )
     round_to: int = Field(default=1, ge=1, description="Ranks are multiples of this.")
     at: Workload = Field(default=Workload(), description="Shapes that a budget of FLOPs or time counts at.")
-    tied: Literal["keep", "untie", "error"] = Field(
+    tied: Literal["keep", "untie", "joint", "error"] = Field(
         default="keep",
         description="A weight that something else reads too (a head that shares the embedding): leave it dense, give the "
-        "linear its own map, or refuse.",
+        "linear its own map, let one product stand for both, or refuse.",
     )
 
     def obstacle_at(self, site: Site) -> str | None:
@@ -108,8 +107,17 @@ class RankedOptions(PassOptions):
                     f"the solver `{self.solver.type}` decomposes several weights together, which have no one breakeven rank; "
                     "give a whole number, {fraction: …}, {energy: …} or a budget"
                 )
-        learned = self.allocate == "learned" or isinstance(self.allocate, LearnedAllocation)
-        if learned and isinstance(self.solver, GroupOptions):
+        if not isinstance(self.solver, GroupOptions):
+            return self
+        if isinstance(self.rank, QualityBudget):
+            raise ValueError(
+                f"a budget of quality is for solvers of single weights; `{self.solver.type}` takes several together"
+            )
+        if self.allocate.measures:
+            raise ValueError(
+                f"`allocate: {self.allocate.type}` looks at single sites; `{self.solver.type}` takes several together"
+            )
+        if isinstance(self.allocate, LearnedAllocation):
             raise ValueError(
                 f"`allocate: learned` trains sites one by one, and `{self.solver.type}` decomposes several together"
             )

@@ -7,6 +7,7 @@ from typing import Any
 from lrc.program import Program, Site
 from lrc.run.passes import needs_of, pass_for
 from lrc.run.plan import Decision, Plan
+from lrc.run.points import difference
 from lrc.run.session import Session
 from lrc.run.site_pass import SitePass
 from lrc.solvers import Need
@@ -15,6 +16,7 @@ from lrc.solvers import Need
 def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan:
     """Say what the passes would do. `program` is not changed; a pass sees what the passes before it would leave."""
     twin = program.clone()
+    session.original = program
     before = program.size()
     decisions: list[Decision] = []
     saved = (0, 0)
@@ -37,10 +39,9 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
 
 def run_passes(program: Program, passes: Sequence[Any], session: Session) -> Plan:
     """Rewrite `program` as the passes decide; return the plan as it was carried out."""
+    session.original = program.clone()
     before = program.size()
     decisions: list[Decision] = []
-    if any(options.looks_back for options in passes):
-        session.original = program.clone()
     for index, options in enumerate(passes):
         made = pass_for(options)
         decide = getattr(made, "plan_bare", made.plan)
@@ -57,23 +58,8 @@ def finished(plan: Plan, program: Program, passes: Sequence[Any], session: Sessi
         peak_memory=predicted_memory(program, passes, plan, session),
         shadowed=tuple(session.shadowed),
         notes=tuple(session.notices),
+        points=tuple(session.points),
     )
-
-
-def difference(program: Program, decisions: Sequence[Decision]) -> tuple[int, int]:
-    """Return by how many numbers and bytes the program grows when `decisions` are carried out.
-
-    The old weight goes, unless something else reads it too.
-    """
-    numbers = size = 0
-    for d in decisions:
-        numbers += d.after.parameters - d.before.parameters
-        size += d.after.bytes - d.before.bytes
-        for site in (program.sites[fqn] for fqn in d.sites):
-            if site.fqn not in program.maps and site.tied and d.keep is None:
-                cost = site.map.cost(1)
-                numbers, size = numbers + cost.parameters, size + cost.bytes
-    return numbers, size
 
 
 def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, session: Session) -> int:

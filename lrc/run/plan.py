@@ -63,11 +63,36 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A budget that was tried while a pass was planned, and what the model would be with it.
+
+    index: the pass. budget, amount: its name and value. parameters, bytes: of the whole model, None where the budget cannot
+    be met. flops: of the targets per sample, None where the shapes do not tell. ms: predicted time of the targets, where it was
+    measured. loss: predicted, of all targets, in `unit`; None where the units differ. metric, value: what was measured on the
+    model, if anything. chosen: it is the one that the plan carries out. note: why the budget was refused, or missed a bound.
+    """
+
+    index: int
+    budget: str
+    amount: float
+    parameters: int | None = None
+    bytes: int | None = None
+    flops: float | None = None
+    ms: float | None = None
+    loss: float | None = None
+    unit: str | None = None
+    metric: str | None = None
+    value: float | None = None
+    chosen: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions in order, the model's totals, and what was noticed on the way.
 
     parameters, bytes: (before, after) of the whole model. peak_memory: predicted bytes while planning and applying.
-    shadowed: patterns that another, later pattern overruled everywhere.
+    shadowed: patterns that another, later pattern overruled everywhere. points: other budgets that were tried.
     """
 
     decisions: tuple[Decision, ...]
@@ -76,6 +101,7 @@ class Plan:
     peak_memory: int = 0
     shadowed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    points: tuple[Point, ...] = ()
     format: int = field(default=FORMAT)
 
     def of_pass(self, index: int) -> tuple[Decision, ...]:
@@ -94,7 +120,8 @@ class Plan:
             if data["format"] != FORMAT:
                 raise UsageError(where, expected=f"a plan of format {FORMAT}", got=str(data["format"]))
             decisions = tuple(_decision(row) for row in data.pop("decisions"))
-            return cls(decisions, **_tuples(data))
+            points = tuple(Point(**row) for row in data.pop("points", ()))
+            return cls(decisions, points=points, **_tuples(data))
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(where, expected="a plan written by lrc", got=str(error)) from error
 

@@ -15,8 +15,9 @@ from lrc.measure import Cache
 from lrc.program import Program
 from lrc.program.capture import capture_exported, capture_graph, capture_module
 from lrc.program.source import Source, load_program
-from lrc.run.job import calibration_request
+from lrc.run.job import calibration_request, request_for
 from lrc.run.session import Progress, Session, silent
+from lrc.run.trials import Evaluation
 from lrc.spec.document import Document
 from lrc.spec.load import load_document
 from lrc.verify.metrics.base import MetricOptions
@@ -89,7 +90,10 @@ def prepare(
         spec_path=file,
         progress=progress,
         has_data=calibration is not None or document.calibration is not None,
+        evaluation=Evaluation(document.evaluate, request_for(program, document, base, allow_code=allow_code)),
+        pareto=document.pareto,
         allow_code=allow_code,
+        by_block=document.calibration.by_block if document.calibration else "auto",
     )
     return Prepared(program, document, file, session)
 
@@ -100,14 +104,10 @@ def check_data(document: Document, base: Path, *, calibration: bool = True) -> N
     for i, options in enumerate(judged.metrics):
         assert isinstance(options, MetricOptions)
         options.check(judged.max_length, f"evaluate.metrics.{i}")
-    named: dict[str, str | None] = {"evaluate.dataset": judged.dataset if judged.metrics else None}
-    named |= {f"evaluate.metrics.{i}.dataset": getattr(m, "dataset", None) for i, m in enumerate(judged.metrics)}
-    for i, options in enumerate(document.passes):
-        named |= {f"passes.{i}.{key}": dataset for key, dataset in getattr(options, "datasets", dict)().items()}
-    if calibration and document.calibration is not None:
-        named = {"calibration.dataset": document.calibration.dataset, **named}
-    for place, dataset in named.items():
-        if dataset and not is_factory(dataset) and not (base / dataset).is_file():
+    for place, dataset in document.datasets().items():
+        if place == "calibration.dataset" and not calibration:
+            continue
+        if not is_factory(dataset) and not (base / dataset).is_file():
             raise UsageError(
                 f"{place}: {base / dataset}", message="no such file", hint="Paths in a spec start at the spec's own folder"
             )  # fmt: skip

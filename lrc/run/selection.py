@@ -58,8 +58,11 @@ def _tied(program: Program, fqn: str, options: Any) -> str | None:
         raise SiteError(
             fqn,
             message=f"the weight is tied: {readers} reads it too",
-            hint="Set `tied: keep` or `tied: untie`, or ignore the site",
+            hint="Set `tied: keep`, `untie` or `joint`, or ignore the site",
         )
+    if policy == "joint":
+        alone = f"tied: {readers} reads the same weight in a way that no product can be shared with"
+        return None if program.sites[fqn].lookups else alone
     return f"tied: {readers} reads the same weight (`tied: untie` gives the linear its own)"
 
 

@@ -3,22 +3,29 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
 from lrc.data import Batches
 from lrc.errors import DataError, SolverError, UsageError
 from lrc.measure import Cache, collect, digest
+from lrc.measure.blocks import activation_bytes
+from lrc.measure.collect import changes_in_place
 from lrc.measure.cotangents import has_classes
+from lrc.measure.workload import Workload, shapes_at
 from lrc.program import Program, Site
 from lrc.ranks import FixedRank, rounded
 from lrc.run.fronts import choices_of
+from lrc.run.plan import Point
 from lrc.run.statistics import Terms, empty_moments, generator_for, solve_all, terms_key
+from lrc.run.trials import Evaluation
 from lrc.solvers import Decomposition, Moments, Need, solve_blocks
+from lrc.spec.document import ParetoSpec
 from lrc.spec.registry import SOLVERS
 
 T = TypeVar("T")
+LARGE = 2**30  # bytes of activations from which on they are computed twice
 MomentsOf = Callable[[str], Moments]
 
 
@@ -38,8 +45,9 @@ class Session:
 
     batches: makes the calibration batches, called at most once and only when a statistic is needed; has_data: whether there
     are any. memo: what passes measured by other ways than moments, by digest. notices: what the plan should mention beside
-    the decisions (shadowed patterns, how a budget was shared). allow_code: whether code that the spec names may run. original:
-    the program before the passes, for those that look back at it. training: a record of every pass that trained.
+    the decisions (shadowed patterns, how a budget was shared); points: the budgets that were tried. evaluation: how the spec
+    judges; pareto: which budgets it wants to see beside its own. allow_code: whether code that the spec names may run.
+    original: the program before the passes, for those that look back at it. training: a record of every pass that trained.
     """
 
     def __init__(
@@ -51,7 +59,10 @@ class Session:
         spec_path: Path | None = None,
         progress: Progress = silent,
         has_data: bool = True,
+        evaluation: Evaluation | None = None,
+        pareto: ParetoSpec | None = None,
         allow_code: bool = False,
+        by_block: bool | Literal["auto"] = "auto",
     ) -> None:
         self.cache = cache
         self.seed = seed
@@ -59,11 +70,15 @@ class Session:
         self.spec_path = spec_path
         self.shadowed: list[str] = []
         self.notices: list[str] = []
+        self.points: list[Point] = []
+        self.evaluation = evaluation
+        self.pareto = pareto
         self.memo: dict[str, Any] = {}
         self.has_data = has_data
         self.allow_code = allow_code
         self.original: Program | None = None
         self.training: list[dict[str, Any]] = []
+        self.by_block = by_block
         self._make_batches = batches
         self._batches: Batches | None = None
         self._moments: dict[str, dict[str, Moments]] = {}
@@ -104,10 +119,12 @@ class Session:
         if not needs:
             return "nothing"
         backward = not needs.isdisjoint({Need.GRADIENTS, Need.WEIGHT_FISHER})
+        joint = [fqn for fqn, site in program.sites.items() if site.joint]
         gradients = (getattr(options, "fisher", "sampled"), getattr(options, "draws", 1)) if backward else ()
         return digest(
             "moments-2", program.digest(), list(self.batches), sorted(needs), gradients, self.seed,
             torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
+            *([joint] if joint else []),
         )  # fmt: skip
 
     def moments(self, program: Program, fqns: Sequence[str], needs: frozenset[Need], options: Any = None) -> MomentsOf:
@@ -138,6 +155,7 @@ class Session:
                 cache=self.cache,
                 key=key,
                 progress=lambda done, total: self.progress("calibrate", done, total),
+                by_block=self.in_blocks(program, needs),
             )
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise DataError(
@@ -145,6 +163,15 @@ class Session:
                 message=f"the model does not run on this data: {str(error).strip().splitlines()[0]}",
                 hint=f"It takes {shapes_of(program)}",
             ) from error
+
+    def in_blocks(self, program: Program, needs: frozenset[Need]) -> bool:
+        """Say whether gradients are measured block by block: as asked, or where a batch's activations are large."""
+        if self.by_block != "auto":
+            return self.by_block
+        if Need.GRADIENTS not in needs or Need.WEIGHT_FISHER in needs or changes_in_place(program):
+            return False
+        largest = max(activation_bytes(program, shapes) for shapes in shapes_at(program, self.batches, Workload()))
+        return largest > LARGE
 
     def decompose(self, program: Program, fqns: Sequence[str], options: Any) -> Terms:
         """Return the decompositions of `fqns` for a ranked pass; those that the cache lacks are computed, in parallel."""

@@ -4,7 +4,7 @@ Planning selects sites, has the weights decomposed where the pass has a rank, an
 function site by site, in parallel, and puts its map in place. What stays as it is stays with a reason.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +13,22 @@ from lrc.forms import forms_of, kernel_form
 from lrc.maps import LinearMap
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
-from lrc.ranks import Choice, GroupCurve, SiteCurve
-from lrc.run.budget import check_shapes, priced, spent, with_latency
+from lrc.ranks import Allocation, Choice, GroupCurve, SiteCurve, allocate_ranks
+from lrc.run.budget import check_budget, check_shapes, priced, rest_of, spent, with_latency
+from lrc.run.evidence import check_evidence, with_evidence
 from lrc.run.group_pass import apply_groups, plan_groups
-from lrc.run.mixed import modules_of, share_out, with_solver
+from lrc.run.learning import allocator, learning
+from lrc.run.mixed import alone, modules_of, offers, with_solver
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics
 from lrc.run.plan import Decision, Keep
+from lrc.run.points import drawer
 from lrc.run.propagation import in_groups, lockstep
+from lrc.run.quality import judge_of, points_of, trials_for
 from lrc.run.selection import Selected, select_sites
 from lrc.run.session import Session, settled
 from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
+from lrc.run.sweep import check_sweep, swept
 from lrc.solvers import GroupOptions
 from lrc.spec.registry import PASSES, Rule
 
@@ -96,27 +101,63 @@ class RankedSitePass(SitePass):
             return plan_groups(program, session, options, index)
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
+        for fqn in free if options.tied == "joint" else ():
+            if program.sites[fqn].lookups:
+                program.join(fqn)
         check_shapes(program, session, options)
+        check_budget(program, session, options, free)
+        check_sweep(program, session, options)
+        check_evidence(program, session, options, index)
+        trials = trials_for(program, session, options, index)
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
-        found = share_out(program, session, options, index, selected, curves, terms)
         before = in_groups(program, free) if compressed(options) else {}
-        decisions = list(found.decisions)
-        for chosen in selected:
-            if chosen.fqn not in found.choices and not chosen.keep:
-                continue  # it is in the decision of a group
-            made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
-            if not chosen.keep:
-                made = replace(made, after_sites=before.get(chosen.fqn, ()))
-                if kernel_form(options.form) and not curves[chosen.fqn].only and not made.notes:
-                    made = replace(made, notes=(no_front(options),))
-                made = self.decide(made, program.sites[chosen.fqn], found.choices[chosen.fqn], curves[chosen.fqn], terms)
-            decisions.append(made)
         places = {chosen.fqn: place for place, chosen in enumerate(selected)}
-        decisions.sort(key=lambda d: places[d.sites[0]])
-        known: dict[str, SiteCurve | GroupCurve] = {**curves, **found.curves}
+        offered = alone(curves)
+
+        def decided(choices: Mapping[str, Choice]) -> list[Decision]:
+            of_sites, decisions = offered.placed(choices)
+            for chosen in selected:
+                if not chosen.keep and chosen.fqn not in of_sites:
+                    continue  # it is in the decision of a group, or nothing is asked about it
+                made = self.undecided(program.sites[chosen.fqn], chosen, options, index)
+                if not chosen.keep:
+                    made = replace(made, after_sites=before.get(chosen.fqn, ()))
+                    if kernel_form(options.form) and not curves[chosen.fqn].only and not made.notes:
+                        made = replace(made, notes=(no_front(options),))
+                    made = self.decide(made, program.sites[chosen.fqn], of_sites[chosen.fqn], curves[chosen.fqn], terms)
+                decisions.append(with_latency(options, curves, made))
+            return sorted(decisions, key=lambda d: places[d.sites[0]])
+
+        def tried(choices: Mapping[str, Choice]) -> Program:
+            clone = program.clone()
+            self.carry_out(clone, session, options, decided(choices), terms)
+            return clone
+
+        curves = with_evidence(program, session, options, curves, terms, tried, index)
+        offered = offers(program, session, options, index, selected, curves)
+        shared, how = allocator(options)
+
+        def allocated(policy: Any) -> Allocation:
+            return allocate_ranks(
+                offered.curves,
+                policy,
+                allocate=shared,
+                round_to=options.round_to,
+                rest=rest_of(program, curves),
+                judge=None if trials is None else judge_of(options.rank.quality, trials, session, tried),
+                search=learning(program, session, options, terms, how),
+            )
+
+        found = allocated(options.rank)
+        decisions = decided(found.choices)
+        known: dict[str, SiteCurve | GroupCurve] = {**curves, **offered.joint}
         session.notices += [*found.notes, *spent(options, known, decisions)]
-        return [with_latency(options, curves, d) for d in decisions]
+        if found.tried or session.pareto is not None:
+            draw = drawer(program, session, options, curves, index)
+            session.points += points_of(found, decided, draw)
+            session.points += swept(program, session, options, allocated, decided, tried, draw)
+        return decisions
 
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:
         """Return a decision that changes nothing, with the reason why the site is out of the question, if it is."""
@@ -146,18 +187,26 @@ class RankedSitePass(SitePass):
 
     def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Make the maps from the stored decompositions, or one group after the other behind the compressed ones."""
-        options = settled(program, options)
+        return self.carry_out(program, session, settled(program, options), decisions, None)
+
+    def carry_out(
+        self, program: Program, session: Session, options: Any, decisions: Sequence[Decision], stored: Terms | None
+    ) -> Sequence[Decision]:
+        """Apply, with the stored decompositions where they are at hand."""
         if isinstance(options.solver, GroupOptions):
             return apply_groups(program, session, options, decisions)
         modules = modules_of(program, options)
         groups = [d for d in decisions if len(d.sites) > 1] if modules else []
+        single = [d for d in decisions if d not in groups]
+        if groups and stored is None and not compressed(options):  # as planned: of the weights and statistics before the groups
+            stored = session.decompose(program, [d.sites[0] for d in single if d.keep is None], options)
         joint = apply_groups(program, session, with_solver(options, modules), groups) if modules and groups else []
-        alone = self.apply_alone(program, session, options, [d for d in decisions if d not in groups])
-        made = {d.name: d for d in [*joint, *alone]}
+        single = list(self.apply_alone(program, session, options, single, stored))
+        made = {d.name: d for d in [*joint, *single]}
         return [made[d.name] for d in decisions]
 
     def apply_alone(
-        self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]
+        self, program: Program, session: Session, options: Any, decisions: Sequence[Decision], stored: Terms | None
     ) -> Sequence[Decision]:
         """Make the maps of sites that are decided one by one."""
         work = [d for d in decisions if d.keep is None]
@@ -173,17 +222,17 @@ class RankedSitePass(SitePass):
                 done[d.name] = put(program, d, made)
         else:
             by_name = {d.sites[0]: d for d in work}
-            stored = session.decompose(program, list(by_name), options)
+            found = stored or session.decompose(program, list(by_name), options)
             moments = session.moments(program, list(by_name), options.solver.needs, options.solver)
             if any(kernel_form(d.form or "") for d in work):
                 moments(work[0].sites[0])  # in this thread, for all of them
 
             def make(fqn: str) -> tuple[str, Made]:
                 d = by_name[fqn]
-                found = stored.full(fqn)
+                whole = found.full(fqn)
                 if kernel_form(d.form or ""):  # made of the norm, which is not stored
-                    found = session.solve(program.sites[fqn], moments(fqn), options)
-                statistics = Statistics(terms=found, ranks=d.ranks)
+                    whole = session.solve(program.sites[fqn], moments(fqn), options)
+                statistics = Statistics(terms=whole, ranks=d.ranks)
                 return fqn, self.call(program.sites[fqn], in_form(options, d), statistics, d.rank)
 
             solved = session.track(options.type, solve_all(list(by_name), make, session.workers), len(by_name))

@@ -7,6 +7,7 @@ from pathlib import Path
 from lrc.errors import UsageError
 from lrc.program import Program
 from lrc.spec.patterns import layer_of
+from lrc.spec.registry import ALLOCATORS, EXPORTERS, RANKS, SOLVERS, Registry
 
 METRIC = {"sentence-similarity": "spearman", "text-generation": "perplexity", "text-classification": "accuracy"}
 DATA = {
@@ -39,8 +40,12 @@ def starter_spec(program: Program, path: str) -> str:
         "  - type: factorize",
         "    targets:  # ordered, the last match wins; `*` within one part of a name, `**` across parts",
         *(f"      - {_quoted(pattern)}  # {count} sites" for pattern, count in patterns(program)),
-        "    solver: kfac  # the least loss in second order; `lrc list solvers` has the others, svd needs no data",
-        "    rank: {params_kept: 0.5}  # of all targets together; or 64, {energy: 0.95}, {fraction: 0.25}, {breakeven: 0.5}",
+        "    solver: kfac  # how a weight is decomposed",
+        *choices(SOLVERS, "kfac"),
+        "    rank: {params_kept: 0.5}  # of all targets together; or a whole number, the rank of every layer",
+        *choices(RANKS, "params_kept", "rank", form="{{{name}: …}}"),
+        "    # allocate: auto  # how a budget over all targets is shared",
+        *choices(ALLOCATORS),
         "    # form: two_factor  # r(m+n) numbers, two products; pivoted: r(m+n-r) numbers and an index; auto: the smaller",
     ]
     if metric:
@@ -51,8 +56,21 @@ def starter_spec(program: Program, path: str) -> str:
             "  gates: {max_degradation: 0.05}  # exit code 3 if the metric loses more; the result is written all the same",
         ]
     first = "hf" if hf else "pt2"
-    lines += [f"export: [{{format: {first}}}, {{format: onnx}}]  # also: aoti, torch_compile", "output: out", ""]
+    others = ", ".join(rule.name for rule in EXPORTERS if rule.name not in (first, "onnx"))
+    lines += [f"export: [{{format: {first}}}, {{format: onnx}}]  # also: {others}", "output: out", ""]
     return "\n".join(lines)
+
+
+def choices(registry: Registry, *chosen: str, form: str = "{name}") -> list[str]:
+    """Return a comment for every rule but the chosen ones: how it is written, and the first sentence about it."""
+    lines = []
+    for rule in registry:
+        if rule.name not in chosen:
+            about = (rule.options.__doc__ or "").strip().split("\n")[0].rstrip(".")
+            lines.append(
+                f"    #   {form.format(name=rule.name)}: {about}" if about else f"    #   {form.format(name=rule.name)}"
+            )
+    return lines
 
 
 def patterns(program: Program) -> list[tuple[str, int]]:

@@ -47,10 +47,6 @@ class Terms:
         self._spectra: dict[str, Decomposition] = {}
         self._losses: dict[str, dict[str, Tensor]] = {}
 
-    def key(self, fqn: str) -> str:
-        """Return the content hash that a decomposition is stored under."""
-        return self._keys[fqn]
-
     def missing(self) -> list[str]:
         """Return the sites whose decomposition is not stored yet."""
         for fqn, key in self._keys.items():
@@ -74,6 +70,10 @@ class Terms:
     def _front_key(self, fqn: str) -> str:
         return f"{digest(self._keys[fqn], key_of(self._choices[fqn]))}-losses"
 
+    def key(self, fqn: str) -> str:
+        """Return the content hash of a site's decomposition."""
+        return self._keys[fqn]
+
     def spectrum(self, fqn: str) -> Decomposition:
         """Return the decomposition without its factors."""
         return self._spectra[fqn]
@@ -87,33 +87,43 @@ class Terms:
     def curve(self, site: Site, form: str) -> SiteCurve:
         """Return what a rank policy looks at."""
         terms = self._spectra[site.fqn]
-        now, bias = site.map.cost(1), site.map.bias_cost(1)
-        stays = site.fqn not in site.program.maps and bool(site.tied)  # what else reads the weight goes on reading it
         further = fronts(site, self._choices.get(site.fqn, {}), self._losses.get(site.fqn, {}))
         raised = site.fqn in site.program.maps
-        without = site.bias is None if raised else any(use.bias is None for use in site.uses)
-        return SiteCurve(
-            name=site.fqn,
-            out_features=site.out_features,
-            in_features=site.in_features,
+        without = site.bias is None if raised else any(use.bias is None for use in site.uses if use.layout is None)
+        added = without and (terms.mean is not None or site.bias is not None)
+        return replace(
+            outline_of(site, form, len(terms.S)),
             losses=terms.losses(),
             S=terms.S,
-            form="auto" if form == "auto" and "pivoted" in site.layout.forms else of_product(site, form),
-            bias=bias.parameters,
-            extra=site.out_features if without and (terms.mean is not None or site.bias is not None) else 0,
-            index=4 * site.out_features / site.dtype.itemsize,
+            extra=site.out_features if added else 0,
             additive=terms.unit == LOSS_UNIT,
-            itemsize=site.dtype.itemsize,
-            looked_up=site.layout.looked_up,
-            now={
-                "numbers": now.parameters - bias.parameters,
-                "bytes": 0 if stays else now.bytes - bias.bytes,
-                "flops": now.flops - bias.flops,
-            },
-            groups=site.layout.groups,
             fronts=further,
             only=bool(further) and form != "auto",
         )
+
+
+def outline_of(site: Site, form: str, ranks: int) -> SiteCurve:
+    """Return the curve of a site as far as its shape tells: products of up to so many ranks, without losses."""
+    now, bias = site.map.cost(1), site.map.bias_cost(1)
+    stays = site.fqn not in site.program.maps and bool(site.tied)  # what else reads the weight goes on reading it
+    return SiteCurve(
+        name=site.fqn,
+        out_features=site.out_features,
+        in_features=site.in_features,
+        losses=torch.zeros(ranks + 1, dtype=torch.float64),
+        S=torch.zeros(ranks, dtype=torch.float64),
+        form="auto" if form == "auto" and "pivoted" in site.layout.forms else of_product(site, form),
+        bias=bias.parameters,
+        index=4 * site.out_features / site.dtype.itemsize,
+        itemsize=site.dtype.itemsize,
+        looked_up=site.layout.looked_up,
+        now={
+            "numbers": now.parameters - bias.parameters,
+            "bytes": 0 if stays else now.bytes - bias.bytes,
+            "flops": now.flops - bias.flops,
+        },
+        groups=site.layout.groups,
+    )
 
 
 def of_product(site: Site, form: str) -> ProductForm:

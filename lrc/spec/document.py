@@ -38,6 +38,11 @@ class CalibrationSpec(SpecModel):
     batch_size: int = Field(default=16, ge=1, description="Samples that run together.")
     seed: int = Field(default=0, ge=0, description="Of the draw and of every random number after it.")
     text_column: str | None = Field(default=None, description="The column of text in .jsonl and .csv files.")
+    by_block: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Hold the activations of one block at a time where gradients are measured, and compute them a second time; "
+        "auto: where those of a batch would take more than 1 GiB.",
+    )
     cache: str | None = Field(default=None, description="Where statistics are kept; .lrc-cache beside the output.")
 
 
@@ -66,6 +71,18 @@ class EvaluateSpec(SpecModel):
     gates: GatesSpec = Field(default=GatesSpec(), description="What must hold.")
 
 
+class ParetoSpec(SpecModel):
+    """Other budgets that are planned from the same decompositions, for the plan and the report."""
+
+    budgets: list[float] = Field(
+        min_length=1,
+        description="Amounts of every pass's own budget (params_kept, size_mb, …); of params_kept for one of quality.",
+    )
+    metric: Annotated[SpecModel, Registered(METRICS)] | None = Field(
+        default=None, description="Measured on the model of each budget, on the data of `evaluate`; none without it."
+    )
+
+
 class Document(SpecModel):
     """A spec of lrc."""
 
@@ -75,10 +92,28 @@ class Document(SpecModel):
     calibration: CalibrationSpec | None = Field(default=None, description="Sample inputs; needed by data-aware solvers.")
     passes: list[Annotated[SpecModel, Registered(PASSES)]] = Field(default=[], description="The rewriting passes, in order.")
     evaluate: EvaluateSpec = Field(default=EvaluateSpec(), description="How the result is judged.")
+    pareto: ParetoSpec | None = Field(default=None, description="Other budgets that the plan and the report compare.")
     export: list[Annotated[SpecModel, Registered(EXPORTERS)]] = Field(
         default=[], description="What is written beside the plan: format names, or mappings with `format`."
     )
     output: str = Field(default="out", description="The output folder, from the current one.")
+
+    def datasets(self) -> dict[str, str]:
+        """Return the data files and factories that the document reads, by the place that names them."""
+        judged = self.evaluate
+        named = {"calibration.dataset": self.calibration.dataset if self.calibration else None}
+        named["evaluate.dataset"] = judged.dataset if judged.metrics else None
+        named |= {f"evaluate.metrics.{i}.dataset": getattr(m, "dataset", None) for i, m in enumerate(judged.metrics)}
+        for i, options in enumerate(self.passes):
+            named |= {f"passes.{i}.{key}": name for key, name in getattr(options, "datasets", dict)().items()}
+            quality = getattr(getattr(options, "rank", None), "quality", None)
+            if quality is not None:
+                named[f"passes.{i}.rank.quality.metric.dataset"] = getattr(quality.metric, "dataset", None)
+                named["evaluate.dataset"] = judged.dataset
+        if self.pareto is not None and self.pareto.metric is not None:
+            named["pareto.metric.dataset"] = getattr(self.pareto.metric, "dataset", None)
+            named["evaluate.dataset"] = judged.dataset
+        return {place: dataset for place, dataset in named.items() if dataset}
 
     def resolved(self) -> dict[str, Any]:
         """Return the whole document as plain data, every default written out, as `spec.resolved.yaml` holds it."""

@@ -58,10 +58,10 @@ def main() -> None:
             print(rows[-1], flush=True)
             for way in options.only:
                 start = time.perf_counter()
+                kfac = {"type": "kfac", "fisher": "outputs" if small else "labels"}
+                targets = {"targets": LAYERS if small else ["model.layers.**"]}
                 steps = [
-                    step | {"targets": LAYERS if small else ["model.layers.**"]}
-                    | ({"solver": {"type": "kfac", "fisher": "outputs" if small else "labels"}} if step["type"] == "factorize" else {})
-                    for step in WAYS[way]
+                    step | targets | ({"solver": kfac} if step["type"] == "factorize" else {}) for step in WAYS[way]
                 ]  # fmt: skip
                 spec = {"version": 1, "calibration": texts if small else stream | {"seed": options.seed}, "passes": steps}
                 done = lrc.compile(program, spec, cache=WORK / "cache")

@@ -4,11 +4,10 @@ The matrix is planted (singular values from 100 down to 30, random orthonormal f
 The baseline is exact alternating least squares as it is usually written: one numpy solve for every column, then for every
 row. All ways start from the same masked SVD, take turns, and are timed by their fastest sweep; the first case is also run
 by the baseline until its error on the unknown entries is as small. Then the same two ways with a weight for every entry.
-Times are of the processor, on one thread (set OMP_NUM_THREADS=1 for numpy too). With matplotlib installed a plot is written.
+Times are of the processor, on one thread (set OMP_NUM_THREADS=1 for numpy too). A plot is written: `completion.svg`.
 """
 
 import argparse
-import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from common import WORK, show
 from torch import Tensor
 
+from lrc.report.svg import Axis, Series, chart
 from lrc.solvers.alternating import Matrix, balanced, masked_svd
 from lrc.solvers.elementwise import Elementwise
 from lrc.solvers.entries import Entries
@@ -152,22 +152,15 @@ def line(rows: list[dict[str, Any]], way: str) -> dict[str, float]:
 
 
 def plot(rows: list[dict[str, Any]]) -> str:
-    if importlib.util.find_spec("matplotlib") is None:
-        return "not written: matplotlib is not installed"
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots()
-    for way in WAYS:
-        x = [row["million_entries_times_rank"] for row in rows]
-        axes.loglog(x, [row["milliseconds_per_sweep"][way] for row in rows], "o", label=way)
-    axes.set(xlabel="entries x rank, millions", ylabel="milliseconds per sweep", title="Completing a matrix")
-    axes.legend()
+    """Draw milliseconds per sweep against entries times rank, both logarithmic, into a file; return its name."""
+    series = [
+        Series(way, [(row["million_entries_times_rank"], row["milliseconds_per_sweep"][way]) for row in rows], line=False)
+        for way in WAYS
+    ]
+    x, y = Axis("entries x rank, millions", log=True), Axis("milliseconds per sweep", log=True)
     WORK.mkdir(parents=True, exist_ok=True)
-    figure.savefig(WORK / "completion.png", dpi=150)
-    return "completion.png"
+    (WORK / "completion.svg").write_text(chart(series, x, y, "Completing a matrix", alone=True) + "\n", encoding="utf-8")
+    return "completion.svg"
 
 
 def main() -> None:

@@ -1,13 +1,17 @@
 """Every map applies what it says it stands for, costs what it stores, and is named and stored in one way."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_maps import F64, maps, order_of, pivoted, randn, rounding, seeds, shapes
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lrc.maps import Chain, Cost, Dense, Diagonal, LinearMap, Permutation, Pivoted, Scale, Sum, frozen
+from lrc.maps.pivoted import Side
 
 
 def numbers(made: LinearMap) -> int:
@@ -228,3 +232,27 @@ def test_an_input_of_the_wrong_size_is_refused_by_every_map() -> None:
     for made in (Dense(randn(5, 3, seed=0)), Chain(randn(5, 2, seed=0), randn(2, 3, seed=0)), pivoted(5, 3, 2, 0)):
         with pytest.raises(RuntimeError):
             made(x)
+
+
+@pytest.mark.parametrize("side", ["out", "in"])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 0), (2, 1, 3)])
+def test_a_gather_runs_along_two_dimensions_whatever_the_input_has(side: Side, leading: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    m, r, n = 7, 3, 5
+    rows, other = (m, n) if side == "out" else (n, m)
+    P = torch.randn((r, other) if side == "out" else (other, r), generator=generator)
+    made = Pivoted(P, torch.randn(rows - r, r, generator=generator), torch.randperm(rows, generator=generator), side)
+    x = torch.randn(*leading, n, generator=generator)
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "index_select" in str(func):
+                seen.append(args[0].ndim)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[int] = []
+    with Watch():
+        y = made(x)
+    assert y.shape == (*leading, m)
+    assert seen == [min(2, len(leading) + 1)]
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, made.dense().weight))

@@ -1,10 +1,12 @@
 """Times of one interleaved run, told by a clock that the test turns."""
 
+import math
 from collections.abc import Callable
 
 import pytest
+import torch
 
-from lrc.measure import Latency, measure_latency, speedup
+from lrc.measure import Latency, Ratio, joined, measure_latency, ratio_to, speedup
 
 
 class Clock:
@@ -77,6 +79,26 @@ def test_a_slow_spell_of_the_machine_does_not_change_the_ratio() -> None:
     found = measure_latency(calls, rounds=20, warmup=0, clock=clock)
     assert speedup(found["dense"], found["small"]) == 2.0
     assert speedup(found["small"], found["dense"]) == 0.5
+
+
+def test_a_ratio_is_a_median_with_two_standard_errors() -> None:
+    base = Latency(tuple([1.0] * 400))
+    found = ratio_to(base, Latency(tuple(torch.normal(2.0, 0.1, (400,), generator=torch.Generator().manual_seed(0)).tolist())))
+    assert found.value == pytest.approx(2.0, abs=0.02)
+    assert found.error == pytest.approx(2 * 1.2533 * 0.1 / 400**0.5, rel=0.2)
+    assert (found.low, found.high) == (found.value - found.error, found.value + found.error)
+    assert ratio_to(base, base) == Ratio(1.0, 0.0)
+    assert ratio_to(Latency((1.0,)), Latency((2.0,))) == Ratio(2.0, math.inf)
+
+
+def test_what_runs_before_a_call_is_not_timed() -> None:
+    clock = Clock()
+    calls = {name: clock.work(name, lambda: 1.0) for name in ("a", "b")}
+    before = {"a": clock.work("-", lambda: 7.0)}
+    found = measure_latency(calls, rounds=2, warmup=0, clock=clock, before=before)
+    assert "".join(clock.log) == "-ab" + "b-a"
+    assert found["a"].seconds == found["b"].seconds == (1.0, 1.0)
+    assert joined(found, found)["a"].seconds == (1.0,) * 4
 
 
 def test_a_speedup_is_the_median_of_the_ratios_of_rounds() -> None:

@@ -207,3 +207,10 @@ def test_equal_rows_make_flops_of_unbiased_sites_a_budget_of_numbers(sites: list
     assert by_flops is not None
     assert by_numbers is not None
     assert {name: choice.rank for name, choice in by_flops.items()} == {n: choice.rank for n, choice in by_numbers.items()}
+
+
+@pytest.mark.parametrize(("noise", "largest"), [(0.0, 9), (0.02, 9), (0.25, 7), (0.55, 4), (1.0, 0)])
+def test_a_product_is_offered_where_its_gain_is_beyond_the_noise(noise: float, largest: int) -> None:
+    times = Times(1.0, {"two_factor": {rank: rank / 10 for rank in range(1, 13)}}, noise)
+    site = replace(curve(40, 30, form="two_factor"), times=times)
+    assert max(site.candidates("ms").ranks, default=0) == largest

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import lrc
 from lrc.measure import truncation
-from lrc.ranks import LearnedAllocation
+from lrc.ranks import Auto, LearnedAllocation
+from lrc.ranks.allocate import Uniform
 from lrc.run.learning import allocator
 from lrc.run.pipeline import make_plan
 from lrc.run.plan import totals
@@ -26,15 +27,15 @@ def options(**given: Any) -> Any:
 
 
 def test_dobi_learns_unless_another_allocator_is_named() -> None:
-    assert allocator(options(solver="dobi")) == ("auto", LearnedAllocation())
-    assert allocator(options(solver="dobi", allocate="uniform")) == ("uniform", None)
-    assert allocator(options(solver="kfac")) == ("auto", None)
+    assert allocator(options(solver="dobi")) == (Auto(), LearnedAllocation())
+    assert allocator(options(solver="dobi", allocate="uniform")) == (Uniform(), None)
+    assert allocator(options(solver="kfac")) == (Auto(), None)
 
 
 def test_learned_is_a_word_or_a_mapping_and_works_with_every_nested_solver() -> None:
-    assert allocator(options(solver="kfac", allocate="learned")) == ("auto", LearnedAllocation())
+    assert allocator(options(solver="kfac", allocate="learned")) == (Auto(), LearnedAllocation())
     asked = options(solver="whitened", allocate=FEW)
-    assert allocator(asked) == ("auto", LearnedAllocation(steps=12, learning_rate=0.1))
+    assert allocator(asked) == (Auto(), LearnedAllocation(steps=12, learning_rate=0.1))
     assert asked.model_dump()["allocate"] == LearnedAllocation(steps=12, learning_rate=0.1).model_dump()
 
 

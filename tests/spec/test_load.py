@@ -232,8 +232,8 @@ def test_an_unknown_type_is_refused_with_the_known_ones_and_the_nearest(refused:
         ),
         (
             one_pass("rank: 3\n    allocate: globally"),
-            "s.yaml:5: passes.0.allocate: input should be 'auto', 'global', 'uniform', 'exact', 'loss_log_inverse' or "
-            "'learned'",
+            "s.yaml:5: passes.0.allocate: unknown allocator 'globally'; known: auto, block_influence, exact, global, learned, "
+            "loss_log_inverse, sensitivity_bisect, uniform. Did you mean 'global'?",
         ),
         (
             one_pass("rank: 3\n    solver: {type: kfac, damping_in: -1}"),

@@ -1,18 +1,17 @@
-"""A program as a module that is called and answers as the captured one."""
+"""A program as a module that is called, and answers, as the captured one was."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.utils import _pytree as pytree
 
-if TYPE_CHECKING:
-    from lrc.program.program import Program
+from lrc.program.program import Program
 
 
 class Callable_(nn.Module):  # noqa: N801 - not for users; its class name shows in a repr only
     """A program as a module: the graph's own tree of parameters, called and answering as the captured module did."""
 
-    def __init__(self, program: "Program") -> None:
+    def __init__(self, program: Program) -> None:
         super().__init__()
         for name, child in program.graph_module.named_children():
             self.add_module(name, child)
