@@ -26,7 +26,7 @@ class LateGraphModule(fx.GraphModule):
         """Make the code of the graph, but for the first time, which is that of the constructor."""
         if self.late:
             self.late = False
-            type(self).forward = _compile_and_run  # type: ignore[method-assign]  # every graph module has a class of its own
+            type(self).forward = _compile_and_run  # every graph module has a class of its own
             return PythonCode("", {}, None)
         return super().recompile()
 
@@ -40,7 +40,8 @@ def share_read(source: nn.Module, target: nn.Module, names: list[str]) -> None:
             owner, _, last = name.rpartition(".")
             old, new = pair(owner)
             child: Any = old._modules[last]
-            pairs[name] = (child, new._modules.setdefault(last, nn.Module()))
+            made: Any = new._modules.setdefault(last, nn.Module())
+            pairs[name] = (child, made)
         return pairs[name]
 
     for name in names:
