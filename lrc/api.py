@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lrc.run.plan import Plan
 from lrc.run.prepare import Model, Prepared, Spec, prepare
 from lrc.run.prepare import capture as capture_any
 from lrc.run.session import Progress, silent
+from lrc.run.switching import Adapters, adapters_of, load_adapters
 from lrc.spec.load import to_yaml
 from lrc.spec.registry import PASSES, Rule
 from lrc.verify.evaluate import raise_on_missed
@@ -31,7 +33,10 @@ from lrc.verify.evaluate import raise_on_missed
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled model in memory, and every way out of it. dense: the program as it was before."""
+    """A compiled model in memory, and every way out of it.
+
+    dense: the program as it was before; where a program was given, that one.
+    """
 
     prepared: Prepared
     plan: Plan
@@ -46,6 +51,11 @@ class Compiled:
     def module(self) -> nn.Module:
         """A module that is called and answers as the captured one did."""
         return self.program.module()
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The program's adapters by name: load further ones, switch between them, merge one; see `Adapters`."""
+        return Adapters(self.program)
 
     @property
     def training(self) -> list[dict[str, Any]]:
@@ -163,7 +173,7 @@ def compile(
         allow_code=allow_code,
         progress=progress,
     )
-    dense = prepared.program.clone()
+    dense = model if isinstance(model, Program) else prepared.program.clone()  # of a program, `prepare` has made a copy
     made = run_passes(prepared.program, prepared.document.passes, prepared.session)
     return Compiled(prepared, made, dense)
 
@@ -228,9 +238,22 @@ def about(record: Record, spec: str) -> Mapping[str, str]:
     }
 
 
-def load(folder: str | Path) -> nn.Module:
-    """Reload an output folder: the transformers model, or the module of `program.pt2`. Raises ModelError."""
-    return load_folder(Path(folder))
+def load(folder: str | Path, *, adapters: Mapping[str, str | Path] | None = None, allow_code: bool = False) -> nn.Module:
+    """Reload an output folder: the transformers model, or the module of `program.pt2`. Raises ModelError.
+
+    adapters: PEFT folders by names, all on the folder's model, which is captured for that; the first one is active, and
+    `lrc.set_adapter(module, name)` switches. Raises UsageError for adapters of another model.
+    """
+    if not adapters:
+        return load_folder(Path(folder))
+    program = capture_any(str(folder), allow_code=allow_code)
+    made = load_adapters(program, adapters)
+    return made.module() if program.origin.model is None else made.graft()
+
+
+def set_adapter(module: nn.Module, name: str | None) -> None:
+    """Make an adapter of a module active, of `lrc.load(…, adapters=…)` or `compiled.adapters.graft()`; None: the base alone."""
+    adapters_of(module).set(name)
 
 
 def register_pass(rule: Rule[Any, Any]) -> None:
@@ -238,4 +261,7 @@ def register_pass(rule: Rule[Any, Any]) -> None:
     PASSES.register(rule)
 
 
-__all__ = ["Compiled", "Finished", "capture", "compile", "compile_to_folder", "load", "plan", "register_pass"]
+__all__ = [
+    "Adapters", "Compiled", "Finished", "adapters_of", "capture", "compile", "compile_to_folder", "load", "plan",
+    "register_pass", "set_adapter",
+]  # fmt: skip

@@ -324,6 +324,8 @@ def test_what_is_no_output_is_not_loaded(tmp_path: Path) -> None:
 
 
 def test_the_names_of_the_package_are_those_of_the_documentation() -> None:
-    assert set(lrc.__all__) == {"Compiled", "__version__", "capture", "compile", "load", "plan", "register_pass"}
+    assert set(lrc.__all__) == {
+        "Compiled", "__version__", "adapters_of", "capture", "compile", "load", "plan", "register_pass", "set_adapter",
+    }  # fmt: skip
     with pytest.raises(AttributeError, match="module 'lrc' has no attribute 'complie'"):
         lrc.complie  # noqa: B018

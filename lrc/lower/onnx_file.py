@@ -3,16 +3,18 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import nn
 
 from lrc.errors import LowerError, LrcError
 from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.lower.decoder import CachedDecoder, wants_cache
+from lrc.lower.onnx_adapters import BESIDE, ListedInputs, WithAdapters, adapter_tensors, save_beside
 from lrc.lower.transposes import share_transposes
 from lrc.program import Program
 
@@ -41,6 +43,11 @@ class OnnxExport(ExportOptions):
         default="auto",
         description="Keep the weights in a file beside model.onnx; auto: where they are larger than 1.8 GB.",
     )
+    adapters: Literal["constant", "inputs"] = Field(
+        default="constant",
+        description="inputs: the trained tensors of unmerged adapters are inputs of the graph, by their names, and the present "
+        "ones stand in adapters.safetensors beside it, which the runner reads.",
+    )
     opens: ClassVar[str] = "lrc.lower.ort:OrtRunner"
     artifact: ClassVar[str] = FILE
 
@@ -60,7 +67,8 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
     path = folder / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     cached = wants_cache(program, options.cache)
-    model = lowered(program, cached, options.opset)
+    as_inputs = options.adapters == "inputs"
+    model = lowered(program, cached, options.opset, as_inputs)
     clean(model)
     if cached:
         name_ties(model, program)
@@ -75,6 +83,8 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
     if external:
         extra = {"save_as_external_data": True, "all_tensors_to_one_file": True, "location": "model.onnx.data"}
     onnx.save(model, path, **extra)
+    if as_inputs:
+        save_beside(program, path.with_name(BESIDE))
     try:
         onnx.checker.check_model(path, full_check=True)
     except onnx.checker.ValidationError as error:
@@ -83,8 +93,11 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
     return Written(FILE, tuple(notes), cached)
 
 
-def lowered(program: Program, cached: bool, opset: int) -> Any:
-    """Return what torch's exporter makes of a program, or of its decoder with a cache. Raises LowerError or UsageError."""
+def lowered(program: Program, cached: bool, opset: int, as_inputs: bool = False) -> Any:
+    """Return what torch's exporter makes of a program, or of its decoder with a cache. Raises LowerError or UsageError.
+
+    as_inputs: the tensors of adapters are inputs, after the others.
+    """
     import torch.onnx
 
     given: dict[str, Any]
@@ -96,6 +109,8 @@ def lowered(program: Program, cached: bool, opset: int) -> Any:
         else:
             module = program.export()
             given = {"args": (), "kwargs": dict(program.inputs.examples), "output_names": output_names(program)}
+        if as_inputs:
+            module, given = with_adapters(program, module, given)
         with torch.no_grad(), quiet_exporter():
             made = torch.onnx.export(module, dynamo=True, verbose=False, opset_version=opset, **given)
     except LrcError:
@@ -105,6 +120,25 @@ def lowered(program: Program, cached: bool, opset: int) -> Any:
         raise LowerError(FILE, message=f"torch.onnx refused the program: {root_cause(error)}", hint=hint) from error
     assert made is not None, "torch.onnx.export with dynamo returns a program"
     return made.model_proto
+
+
+def with_adapters(program: Program, module: Any, given: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a module that takes its adapters too, and the arguments of its export."""
+    tensors = adapter_tensors(program)
+    inner: nn.Module
+    examples = program.inputs.examples
+    if isinstance(module, CachedDecoder):
+        args, shapes = given["args"], tuple(given["dynamic_shapes"])
+        inner, names = module, given["input_names"]
+    else:
+        args, shapes = ([*examples.values()],), ([program.inputs.dims().get(name) for name in examples],)
+        inner, names = ListedInputs(program.graph_module, list(examples)), list(examples)
+    return WithAdapters(inner), {
+        "args": (tensors, *args),
+        "dynamic_shapes": ({"adapters": dict.fromkeys(tensors), "args": shapes}),
+        "input_names": [*tensors, *names],
+        "output_names": given["output_names"],
+    }
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import ml_dtypes  # noqa: F401 - gives numpy the bfloat16 that a stored input ma
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from lrc.errors import LowerError, UsageError
 
@@ -30,8 +31,8 @@ class OrtRunner:
     """A runner on `model.onnx`: arrays (or tensors on the CPU) by name in, numpy arrays by name out.
 
     Inputs are cast to the type that the graph declares. A missing `attention_mask`, `token_type_ids` or `position_ids` is
-    filled as for one unpadded text, a missing key-value cache is empty; an input that the graph does not have (exporters drop
-    unused ones) is left out.
+    filled as for one unpadded text, a missing key-value cache is empty, missing adapters are those beside the file; an input
+    that the graph does not have (exporters drop unused ones) is left out.
 
     providers: ONNX Runtime's execution providers, the CPU by default. threads: of one operator; None: ONNX Runtime's choice.
     Raises LowerError when the file does not load.
@@ -52,6 +53,9 @@ class OrtRunner:
         self.types = {node.name: node.type for node in self.session.get_inputs()}
         self.shapes = {node.name: node.shape for node in self.session.get_inputs()}
         self.outputs = tuple(node.name for node in self.session.get_outputs())
+        beside = self.path.with_name("adapters.safetensors")  # of `adapters: inputs`
+        held: dict[str, Array] = load_file(beside) if beside.is_file() else {}
+        self.adapters = {name: array for name, array in held.items() if name in self.types}
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -67,6 +71,8 @@ class OrtRunner:
     def _take(self, name: str, arrays: Mapping[str, Array]) -> Array:
         if name in arrays:
             return arrays[name]
+        if name in self.adapters:
+            return self.adapters[name]
         tokens = arrays.get("input_ids")
         past = next((value.shape[2] for key, value in arrays.items() if key.startswith(PAST)), 0)
         if tokens is not None and name.startswith(PAST):

@@ -96,6 +96,7 @@ class OnnxDecoder:
 
     def _run(self, ids: Array, mask: Array, positions: Array, cache: Mapping[str, OrtValue]) -> State:
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        given = {**self.runner.adapters, **given}
         feed = {name: OrtValue.ortvalue_from_numpy(given[name]) for name in self.runner.inputs if name in given}
         logits, *present = self.runner.session.run_with_ort_values(self.wanted, {**feed, **cache})
         last = logits.numpy()[:, -1]

@@ -64,6 +64,11 @@ def factors_in(site: Site, module: str, folder: PeftFolder, tensors: Mapping[str
     names = ("lora_embedding_A", "lora_embedding_B") if looked_up else ("lora_A.weight", "lora_B.weight")
     if not all(name in tensors for name in names):
         raise UsageError(folder.where, expected=f"{names[0]} and {names[1]} of {module}", got=", ".join(tensors))
+    if site.layout.groups > 1:
+        raise UsageError(
+            folder.where, message=f"{module} is a convolution in groups, whose adapter in PEFT reads the channels of all "
+            "groups: it is no change of the weight, and PEFT cannot merge it either", hint="Leave it out of `target_modules`",
+        )  # fmt: skip
     A, B = (tensors[name] for name in names)
     A, B = A.flatten(1), B.flatten(1)
     if (B.shape[0], A.shape[1]) != site.shape or A.shape[0] != B.shape[1]:

@@ -17,8 +17,9 @@ def raise_uses(graph_module: fx.GraphModule, uses: Iterable[Use], taken: Set[str
     (`aliases`), or a new one.
     """
     graph = graph_module.graph
-    nodes = {node.name: node for node in graph.nodes}
     uses = tuple(uses)
+    named = {name for use in uses for name in (use.node, use.input, *(node for _, node in use.context))}
+    nodes = {node.name: node for node in graph.nodes if node.name in named}
     for use in uses:
         old = nodes[use.node]
         with graph.inserting_before(old):
@@ -30,9 +31,10 @@ def raise_uses(graph_module: fx.GraphModule, uses: Iterable[Use], taken: Set[str
         new.name = use.node
         nodes[use.node] = new
     modules = {use.module for use in uses}
+    below = tuple(f"{module}." for module in modules)
     read = set()
     for node in graph.find_nodes(op="get_attr"):
-        if _is_below(str(node.target), modules):
+        if str(node.target).startswith(below) or node.target in modules:
             if not node.users:
                 graph.erase_node(node)
                 continue

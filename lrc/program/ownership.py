@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lrc.program.program import Program, stored_tensors
+from lrc.program.program import Program
+from lrc.program.stored import stored_tensors
 
 
 def own(program: Program, trained: Collection[str], updated: Collection[str] = ()) -> dict[str, nn.Parameter]:

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,9 @@ from lrc.program.adapted import Adapted
 from lrc.program.edits import put, raise_uses
 from lrc.program.find import consumers, find_products
 from lrc.program.inputs import Inputs
+from lrc.program.late import LateGraphModule, compiled
 from lrc.program.sites import Names, Site, find_sites
+from lrc.program.stored import named_tensors, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Program:
     work a site has taken over: an identity stands for them. measured: buffers that a pass has given other numbers. modules:
     what else passes put in the place of a module of the user's (a norm), by its name. inserted: names of modules that have no
     place there, with the reason. adapters: what is remembered of the adapters among them; frozen: nothing but adapters is
-    trained; changed: names of stored tensors outside maps that training gave other values than the captured module's.
+    trained; raised: the sites whose nodes are calls; changed: names of stored tensors outside maps that training gave other
+    values than the captured module's.
     """
 
     graph_module: fx.GraphModule
@@ -77,6 +80,7 @@ class Program:
     changed: frozenset[str] = frozenset()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
+    raised: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if not self.originals:
@@ -145,10 +149,7 @@ class Program:
         site, shape = self.site(fqn), (made.out_features, made.in_features)
         if shape != site.shape and not resize:
             raise SiteError(fqn, expected=f"a map of shape {site.shape}", got=repr(made))
-        if fqn not in self.maps:
-            taken = {use.module for raised in self.maps for use in self.site(raised).uses}
-            raise_uses(self.graph_module, site.uses, taken, self.names.ties)
-            self.__dict__.pop("nodes", None)
+        self.raise_sites([fqn])
         self.maps[fqn], self.made_by[fqn] = made.eval(), by
         self.adapters.pop(fqn, None)
         first = site.uses[0].bias
@@ -164,6 +165,18 @@ class Program:
             self.sites[fqn] = replace(site, shape=shape)
         if settle:
             self.settle()
+
+    def raise_sites(self, fqns: Sequence[str]) -> None:
+        """Turn the ATen nodes of sites that are none yet into calls; the caller puts a map at each (`replace`) at once.
+
+        `replace` does it by itself: many sites together are faster.
+        """
+        uses = [use for fqn in fqns if fqn not in self.maps and fqn not in self.raised for use in self.site(fqn).uses]
+        if uses:
+            taken = {use.module for raised in {*self.maps, *self.raised} for use in self.site(raised).uses}
+            raise_uses(self.graph_module, uses, taken, self.names.ties)
+            self.__dict__.pop("nodes", None)
+        self.raised.update(fqns)
 
     def join(self, fqn: str) -> None:
         """Let one map stand for a head and for the embeddings that share its weight. Numbers stay; doing so twice is once."""
@@ -222,16 +235,16 @@ class Program:
     def unsupported(self) -> list[str]:
         """Return the operations that read stored matrices of two or more dimensions and are no sites, by plain names."""
         graph = self.graph_module.graph
-        named = dict(_named(self.graph_module, remove_duplicate=False))
+        named = dict(named_tensors(self.graph_module, remove_duplicate=False))
         found = consumers(graph, find_products(graph, named), named)
         return sorted({name for names in found.values() for name in names})
 
     def clone(self) -> "Program":
         """Return a program with its own graph that shares every tensor with this one."""
-        twin = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
+        twin = LateGraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
         made = replace(
             self, graph_module=twin, maps=dict(self.maps), made_by=dict(self.made_by), modules=dict(self.modules),
-            inserted=dict(self.inserted), adapters=dict(self.adapters),
+            inserted=dict(self.inserted), adapters=dict(self.adapters), raised=set(self.raised),
         )  # fmt: skip
         made.sites = {fqn: replace(site, program=made) for fqn, site in self.sites.items()}
         return made
@@ -242,10 +255,12 @@ class Program:
 
     def size(self) -> tuple[int, int]:
         """Return the program's stored numbers, packed ones too, and all its stored bytes."""
-        tensors = list(self.tensors().values())
+        modules = list(self.graph_module.modules())
+        held = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+        tensors = list({id(t): t for t in held}.values())
         numbers = sum(t.numel() for t in tensors if t.is_floating_point())
-        numbers += sum(module.packed_numbers for module in self.graph_module.modules() if isinstance(module, LinearMap))
-        return numbers, sum(t.numel() * t.element_size() for t in tensors)
+        numbers += sum(module.packed_numbers for module in modules if isinstance(module, LinearMap))
+        return numbers, sum(t.nbytes for t in tensors)
 
     def digest(self) -> str:
         """Return the hash of the graph and of every number in it, 64 hexadecimal digits."""
@@ -263,6 +278,7 @@ class Program:
         static: for the shapes of the examples alone.
         """
         shapes = None if static else self.inputs.dims()
+        compiled(self.graph_module)
         with torch.no_grad():
             return torch.export.export(
                 self.graph_module, (), kwargs=dict(self.inputs.examples), dynamic_shapes=shapes, strict=False
@@ -270,6 +286,7 @@ class Program:
 
     def module(self) -> nn.Module:
         """Return a module that takes and returns what the captured one did."""
+        compiled(self.graph_module)
         from lrc.program.as_module import Callable_
 
         return Callable_(self)
@@ -278,13 +295,3 @@ class Program:
         from lrc.program.text import program_text
 
         return program_text(self)
-
-
-def stored_tensors(graph_module: fx.GraphModule) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a graph module by name, each object once."""
-    return dict(_named(graph_module))
-
-
-def _named(graph_module: fx.GraphModule, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
-    yield from graph_module.named_parameters(remove_duplicate=remove_duplicate)
-    yield from graph_module.named_buffers(remove_duplicate=remove_duplicate)

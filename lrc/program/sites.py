@@ -95,7 +95,11 @@ class Site:
     @property
     def bias(self) -> Tensor | None:
         """The bias of the first use."""
-        return self.map.bias
+        made = self.program.maps.get(self.fqn)
+        if made is not None:
+            return made.bias
+        name = self.uses[0].bias
+        return None if name is None else self.program.originals[name].detach()
 
     @property
     def kind(self) -> str:
@@ -107,10 +111,10 @@ class Site:
         """Whether a linear is stored as (in_features, out_features), as in GPT-2."""
         return self.layout == Rows(transposed=True)
 
-    def original(self, tensors: Mapping[str, Tensor]) -> LinearMap:
-        """Return the map as the model stores it; it shares its memory, and is frozen."""
-        bias = self.uses[0].bias
-        made = self.layout.original(tensors[self.weight_name].detach(), None if bias is None else tensors[bias].detach())
+    def original(self, tensors: Mapping[str, Tensor], *, bias: bool = True) -> LinearMap:
+        """Return the map as the model stores it, or without its bias; it shares its memory, and is frozen."""
+        name = self.uses[0].bias if bias else None
+        made = self.layout.original(tensors[self.weight_name].detach(), None if name is None else tensors[name].detach())
         made.requires_grad_(False)
         return made
 

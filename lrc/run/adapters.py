@@ -88,7 +88,8 @@ class Place:
 
     def base(self) -> LinearMap:
         """Return what stands there, frozen, without its bias."""
-        return frozen_base(self.site.map)
+        site = self.site
+        return frozen_base(site.map) if site.fqn in site.program.maps else site.original(site.program.originals, bias=False)
 
     def started(self) -> tuple[LinearMap, Initial]:
         """Run the initialiser. Returns the frozen base, changed where the initialiser changes it, and the factors."""

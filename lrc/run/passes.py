@@ -158,7 +158,11 @@ class Statistics:
 
 
 class ProgramPass(Protocol):
-    """The two halves of a pass."""
+    """The two halves of a pass.
+
+    One whose plan makes outlines of what `apply` will make may also have `plan_bare`, with the arguments of `plan`: the same
+    decisions without the outlines, for a program that `apply` edits at once.
+    """
 
     def plan(self, program: Program, session: "Session", options: Any, index: int) -> Sequence[Decision]:
         """Decide, changing nothing. `index` is the place of the pass in the spec."""

@@ -44,7 +44,8 @@ def run_passes(program: Program, passes: Sequence[Any], session: Session) -> Pla
     decisions: list[Decision] = []
     for index, options in enumerate(passes):
         made = pass_for(options)
-        decided = made.plan(program, session, options, index)
+        decide = getattr(made, "plan_bare", made.plan)
+        decided = decide(program, session, options, index)
         decisions += made.apply(program, session, options, decided)
     after = program.size()
     return finished(Plan(tuple(decisions), (before[0], after[0]), (before[1], after[1])), program, passes, session)

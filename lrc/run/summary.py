@@ -1,9 +1,12 @@
 """Maps in numbers, for decisions: of a map that exists, and of a low-rank product that is only planned."""
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 
 from lrc.forms import kernel_form
-from lrc.maps import LinearMap, Patches, pivoted_structure, planned, restore
+from lrc.maps import Layout, LinearMap, Patches, pivoted_structure, planned, restore
 from lrc.program import Site
 from lrc.run.plan import Summary
 
@@ -12,6 +15,23 @@ def summarize(made: LinearMap) -> Summary:
     """Return the text and cost of a map; FLOPs are for one token."""
     cost = made.cost(1)
     return Summary(repr(made), cost.parameters, cost.bytes, cost.flops)
+
+
+def standing(site: Site) -> Summary:
+    """Return the text and cost of what stands at a site; sites of one shape that no pass has touched are alike."""
+    if site.fqn in site.program.maps:
+        return summarize(site.map)
+    layout: Any = site.layout  # layouts are frozen, which their protocol does not say
+    return untouched(layout, site.shape, site.dtype, site.uses[0].bias is not None)
+
+
+@lru_cache(maxsize=256)
+def untouched(layout: Layout, shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> Summary:
+    """Return the text and cost of what a model stores in this layout."""
+    with torch.device("meta"):
+        weight = torch.empty(shape, dtype=dtype)
+        made = layout.dense(weight, torch.empty(shape[0], dtype=dtype) if bias else None)
+    return summarize(made.requires_grad_(False))
 
 
 def sketch(site: Site, rank: int, form: str, *, bias: bool, ranks: tuple[int, ...] = ()) -> Summary:

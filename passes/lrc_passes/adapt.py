@@ -21,7 +21,7 @@ from lrc.run import Decision, Keep, Place, Rewrite, Session, program_pass
 from lrc.run.selection import select_sites
 from lrc.run.site_pass import carried_out, put
 from lrc.run.statistics import generator_for
-from lrc.run.summary import summarize
+from lrc.run.summary import standing
 from lrc.spec.registry import ADAPTERS, INITIALISERS
 from lrc_passes.adapt_options import Adapt, matching
 from lrc_passes.adapt_sources import findings, sources
@@ -33,25 +33,37 @@ class AdaptPass:
 
     def plan(self, program: Program, session: Session, options: Adapt, index: int) -> Sequence[Decision]:
         """Decide for every selected site; no factor is computed, but what an initialiser needs for its ranks is measured."""
+        decided = self.plan_bare(program, session, options, index)
+        shapes = [program.sites[d.sites[0]].shape for d in decided if d.keep is None]
+        task = Work(program, session, options, {"shapes": shapes}, True)
+
+        def outlined(d: Decision) -> Decision:
+            if d.keep is not None:
+                return d
+            assert d.rank is not None, "an adapter that is not kept has a rank"
+            return carried_out(d, self.make(task, program.sites[d.sites[0]], d.rank)[0])
+
+        return [outlined(d) for d in decided]
+
+    def plan_bare(self, program: Program, session: Session, options: Adapt, index: int) -> Sequence[Decision]:
+        """Decide for every selected site, without an outline of its map."""
         selected = select_sites(program, session, options, index)
         check_patterns(options, [s.fqn for s in selected], session.where(index))
         given = options.ranks_of({s.fqn: program.sites[s.fqn].shape for s in selected if not s.keep})
         wanted = {fqn: choice.rank or 0 for fqn, choice in given.items()}
         reasons = {s.fqn: s.keep or refused(program.sites[s.fqn], given[s.fqn], options) for s in selected}
         ranks = settled(program, session, options, {fqn: rank for fqn, rank in wanted.items() if reasons[fqn] is None})
-        shared: dict[str, Any] = {"shapes": [program.sites[fqn].shape for fqn, rank in ranks.items() if rank]}
         decisions = []
         for chosen in selected:
             site, rank = program.sites[chosen.fqn], ranks.get(chosen.fqn, wanted.get(chosen.fqn, 0))
-            before = summarize(site.map)
+            before = standing(site)
             decision = Decision(
                 index, options.type, (site.fqn,), chosen.rule, before, before, rank=rank, full_rank=min(site.shape)
             )
             reason = reasons[chosen.fqn]
             if reason is None and rank == 0 and options.start is not None:
                 reason = f"`init: {options.start.type}` gives its rank to other sites"
-            made: Any = Keep(reason) if reason else self.make(Work(program, session, options, shared, True), site, rank)[0]
-            decisions.append(carried_out(decision, made))
+            decisions.append(carried_out(decision, Keep(reason)) if reason else decision)
         return decisions
 
     def apply(self, program: Program, session: Session, options: Adapt, decisions: Sequence[Decision]) -> Sequence[Decision]:
@@ -62,13 +74,16 @@ class AdaptPass:
         done = {d.name: d for d in decisions}
         task = Work(program, session, options, {"shapes": [program.sites[d.sites[0]].shape for d in work]}, False)
         program.freeze()
+        made = {}
         for d in session.track(options.type, work):
             site = program.sites[d.sites[0]]
             assert d.rank is not None, "an adapter that is not kept has a rank"
-            made, kept = self.make(task, site, d.rank, of(site.fqn))
-            done[d.name] = put(program, replace(d, notes=()), made)
+            made[d] = self.make(task, site, d.rank, of(site.fqn))
+        program.raise_sites([d.sites[0] for d, (new, _) in made.items() if isinstance(new, Rewrite)])
+        for d, (new, kept) in made.items():
+            done[d.name] = put(program, replace(d, notes=()), new)
             if kept is not None:
-                program.adapters[site.fqn] = kept
+                program.adapters[d.sites[0]] = kept
         program.settle()
         return list(done.values())
 

@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from torch import nn
 
 import lrc
 from lrc.api import compile_to_folder
+from lrc.errors import UsageError
+from lrc.lower.aoti import AotiExport, export_aoti, open_aoti
+from lrc.lower.inductor import compiler
 from lrc.maps import Dense
 
 METHODS: list[dict[str, Any]] = [
@@ -106,3 +110,45 @@ def test_a_tied_head_stays_as_it_is_unless_asked(gpt2: Path) -> None:
     assert torch.equal(
         before[0] if isinstance(before, tuple) else before.logits, after[0] if isinstance(after, tuple) else after.logits
     )
+
+
+def moved(options: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Any:
+    """A tiny model with adapters that do something."""
+    made = lrc.compile(tiny.mlp(), {"version": 1, "passes": [{"type": "adapt", "rank": 3} | options]}, inputs=inputs)
+    with torch.no_grad():
+        for parameter in made.program.graph_module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler() is None, reason="skipped: Inductor needs a C++ compiler (g++ or clang++)")
+@pytest.mark.parametrize("options", METHODS, ids=IDS)
+def test_unmerged_adapters_are_compiled_by_inductor_ahead_and_just_in_time(options: dict[str, Any], tmp_path: Path) -> None:
+    made = moved(options, {"x": tiny.mlp_inputs()})
+    x = tiny.mlp_inputs(3, seed=8)
+    with torch.no_grad():
+        expected = made.module(x=x)
+        runner = open_aoti(tmp_path / export_aoti(made.program, tmp_path, AotiExport()).artifact)
+        allowed = 1e-5 * float(expected.abs().max())
+        assert float((runner(x=x)["output"] - expected).abs().max()) <= allowed
+        compiled = torch.compile(made.module, fullgraph=True)
+        assert float((compiled(x=x) - expected).abs().max()) <= allowed
+    assert not torch.allclose(expected, tiny.mlp()(x), atol=1e-3)
+
+
+def test_lora_on_a_convolution_in_groups_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="skipped: the comparison with PEFT needs peft")
+    inputs = {"x": torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))}
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 3, 1))
+    made = lrc.compile(model, {"version": 1, "passes": [{"type": "adapt", "rank": 2}]}, inputs={"input": inputs["x"]})
+    kept = {d.sites[0]: d.keep for d in made.plan.decisions}
+    assert kept == {"0": "a convolution in 2 groups, each of which sees channels of its own", "1": None}
+    with pytest.warns(UserWarning, match="Merging is not supported"):
+        theirs = peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), peft.LoraConfig(r=2, target_modules=["0"]))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="is a convolution in groups, whose adapter in PEFT reads the channels of all groups"):
+        lrc.compile(
+            model, {"version": 1, "passes": [{"type": "load_adapter", "path": str(tmp_path)}]}, inputs={"input": inputs["x"]}
+        )

@@ -1,16 +1,21 @@
 """Time and peak memory of inserting every adapter method in MiniLM and of one training step, beside PEFT where it can.
 
-    python tests/benchmarks/bench_adapters.py [--methods lora dora …] [--rounds 9] [--rank 8] [--batch 8] [--length 64]
+    python tests/benchmarks/bench_adapters.py [--methods lora dora …] [--rounds 5] [--rank 8] [--batch 8] [--length 32] [--json]
 
-Rounds are interleaved: ours, PEFT's, ours, … of one method, so that a slow spell of the machine favours neither; `ratio` is the
-median over rounds of ours / PEFT's. Insertion is timed from a captured program (ours) and from a loaded model (PEFT); the
-capture, which every pass shares and PEFT does not need, is a row of its own. Peak memory is the growth of the resident set in a
-fresh process per measurement. A step is forward, backward and SGD of the adapter in train mode with all dropouts at zero.
+Insertion is timed from a captured program to a module that can be trained (ours: `lrc.compile(program, spec).module`, which
+leaves the program as it was) and from a loaded model to one that can be trained (PEFT: `get_peft_model(model, config)`, which
+changes it). The capture, which all passes share and PEFT does not need, is told once. Times are CPU time of this process, in
+interleaved rounds: ours, PEFT's, PEFT's, ours, …, so that a slow spell of the machine favours neither; `ratio` is the median
+over rounds of ours / PEFT's. Peak memory is the growth of the resident set in a process of its own, insertion and one step
+together. A step is forward, backward and SGD of the adapter in train mode with all dropouts at zero.
 """
 
 import argparse
+import contextlib
 import copy
+import gc
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -61,7 +66,7 @@ def spec_for(name: str, rank: int, data: Path) -> dict[str, Any]:
 
 
 def insert_ours(program: Any, name: str, rank: int, data: Path, cache: Path) -> Any:
-    return lrc.compile(program.clone(), spec_for(name, rank, data), cache=cache)
+    return lrc.compile(program, spec_for(name, rank, data), cache=cache)
 
 
 def insert_theirs(model: Any, name: str, rank: int) -> Any:
@@ -93,100 +98,158 @@ def stepper(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
     return step
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, in turns, the order reversed every other round; one round before to warm up."""
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """CPU seconds of every call, in turns, the order reversed every other round; one round before to warm up.
+
+    No more rounds than fit into `seconds`, at least one. Garbage of earlier calls is collected before a call, not within it.
+    """
+    started = time.process_time()
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
+        if turn and time.process_time() - started > seconds:
+            break
         for name in list(calls) if turn % 2 else reversed(list(calls)):
-            start = time.perf_counter()
+            gc.collect()
+            gc.disable()
+            start = time.process_time()
             calls[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
+            gc.enable()
     return times
 
 
 def summary(what: str, times: dict[str, list[float]]) -> dict[str, Any]:
-    row = {f"{what}_{name}_ms": round(1e3 * statistics.median(found), 2) for name, found in times.items()}
+    row = {f"{what}_{name}_ms": round(1e3 * statistics.median(found), 1) for name, found in times.items()}
     if "peft" in times:
         ratios = [ours / theirs for ours, theirs in zip(times["ours"], times["peft"], strict=True)]
         row[f"{what}_ratio"] = round(statistics.median(ratios), 3)
-    return row
+    return row | {f"{what}_rounds": len(times["ours"])}
 
 
 def measure(name: str, options: argparse.Namespace, program: Any, model: Any, data: Path, cache: Path) -> dict[str, Any]:
-    """Times of one method."""
+    """Times of one method. An insertion that takes longer than all rounds may is timed once, without a round to warm up."""
+    start = time.process_time()
     made = insert_ours(program, name, options.rank, data, cache)
+    first = time.process_time() - start
     trained = sum(p.numel() for p in made.program.graph_module.parameters() if p.requires_grad)
     row: dict[str, Any] = {"method": name, "trained": trained, "sites": len(made.program.maps)}
     copies = iter([copy.deepcopy(model) for _ in range(options.rounds + 2)] if name in PEFT else [])  # PEFT changes its model
     inserting: dict[str, Callable[[], Any]] = {
-        "ours": lambda: insert_ours(program, name, options.rank, data, Path(tempfile.mkdtemp(dir=cache)))
+        "ours": lambda: insert_ours(program, name, options.rank, data, Path(tempfile.mkdtemp(dir=cache))).module
     }
     if name in PEFT:
         inserting["peft"] = lambda: insert_theirs(next(copies), name, options.rank)
-    row |= summary("insert", interleaved(inserting, options.rounds))
+    once = first > options.seconds and name not in PEFT
+    row |= summary("insert", {"ours": [first]} if once else interleaved(inserting, options.rounds, options.seconds))
     batch = batch_of(options.batch, options.length)
     stepping = {"ours": stepper(made.graft(), batch)}
     if name in PEFT:
         theirs = insert_theirs(copy.deepcopy(model), name, options.rank)
         row["trained_peft"] = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
         stepping["peft"] = stepper(theirs, batch)
-    return row | summary("step", interleaved(stepping, options.rounds))
+    return row | summary("step", interleaved(stepping, options.rounds, options.seconds))
 
 
-def memory(name: str, options: argparse.Namespace, who: str) -> float:
-    """Megabytes by which a fresh process grows when a method is inserted and trained for one step."""
-    words = [sys.executable, __file__, "--memory-of", who, "--methods", name, "--rank", str(options.rank)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.strip().splitlines()[-1]))
+def timed(name: str, *args: Any) -> dict[str, Any]:
+    """Times of one method, and how long that took, to the terminal."""
+    start = time.process_time()
+    row = measure(name, *args)
+    print(f"{name}: {time.process_time() - start:.1f} s of CPU", file=sys.stderr)
+    return row
 
 
-def memory_here(name: str, options: argparse.Namespace, data: Path, cache: Path) -> float:
-    batch = batch_of(options.batch, options.length)
-    if options.memory_of == "ours":
-        program = lrc.capture(str(minilm()))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        model = insert_ours(program, name, options.rank, data, cache).graft()
-    else:
-        from lrc.program.huggingface import load_folder
+def memories(options: argparse.Namespace, data: Path, cache: Path) -> dict[str, dict[str, float]]:
+    """Megabytes by which a process grows when a method is inserted and trained for one step, ours and PEFT's.
 
-        held = load_folder(minilm())[0]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        model = insert_theirs(held, name, options.rank)
-    stepper(model, batch)()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    Every measurement is a child of one process that has loaded and captured the model and done nothing else.
+    """
+    warm(cache)
+    program = lrc.capture(str(minilm()))
+    found: dict[str, dict[str, float]] = {}
+    for name in options.methods:
+        found[name] = {}
+        for who in ("ours", "peft") if name in PEFT else ("ours",):
+            result = Path(tempfile.mkdtemp(dir=cache)) / "grown"
+            child = os.fork()
+            if child == 0:
+                result.write_text(str(grown(program, name, who, options, data, cache)))
+                os._exit(0)
+            if os.waitpid(child, 0)[1] == 0:
+                found[name][f"memory_{who}_mb"] = round(float(result.read_text()), 1)
+    return found
+
+
+def warm(cache: Path) -> None:
+    """Import, with one small linear, whatever either side imports late: code is no memory of a method."""
+    import peft
+
+    x = torch.ones(2, 4)
+    small = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    made = lrc.compile(small, {"version": 1, "passes": [{"type": "adapt", "rank": 1}]}, inputs={"input": x}, cache=cache)
+    theirs = peft.get_peft_model(small, peft.LoraConfig(r=1, target_modules=["0"]))
+    for model in (made.module, theirs):
+        model(x).sum().backward()
+
+
+def grown(program: Any, name: str, who: str, options: argparse.Namespace, data: Path, cache: Path) -> float:
+    """Insert and train one step; return by how many megabytes the resident set has grown at its peak."""
+    with contextlib.ExitStack() as errors:
+        errors.callback(os._exit, 1)  # a child that fails runs nothing of its parent's
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        if who == "ours":
+            model = insert_ours(program, name, options.rank, data, Path(tempfile.mkdtemp(dir=cache))).module
+        else:
+            model = insert_theirs(program.origin.model, name, options.rank)
+        stepper(model, batch_of(options.batch, options.length))()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        errors.pop_all()
+    return (peak - before) / 2**20
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text."""
+    heads = {
+        "method": "method", "trained": "trained", "insert_ours_ms": "insert ms", "insert_peft_ms": "PEFT",
+        "insert_ratio": "ratio",
+        "step_ours_ms": "step ms", "step_peft_ms": "PEFT", "step_ratio": "ratio", "memory_ours_mb": "peak MB",
+        "memory_peft_mb": "PEFT",
+    }  # fmt: skip
+    lines = [list(heads.values()), *([str(row.get(key, "-")) for key in heads] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=methods())
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of CPU, at most, for the rounds of one measurement")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--memory-of", choices=["ours", "peft"], help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--json", action="store_true", help="one JSON document in place of the table")
+    parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data = sentences(folder)
-        if options.memory_of:
-            print(json.dumps(memory_here(options.methods[0], options, data, folder)))
+        if options.memory_only:
+            print(json.dumps(memories(options, data, folder)))
             return
-        start = time.perf_counter()
+        words = [sys.executable, __file__, "--memory-only", *sys.argv[1:]]
+        memory = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        start = time.process_time()
         program = lrc.capture(str(minilm()))
-        captured = time.perf_counter() - start
+        captured = time.process_time() - start
         model = program.origin.model
-        rows = []
-        for name in options.methods:
-            row = measure(name, options, program, model, data, folder)
-            if not options.no_memory:
-                row["memory_ours_mb"] = round(memory(name, options, "ours"), 1)
-                if name in PEFT:
-                    row["memory_peft_mb"] = round(memory(name, options, "peft"), 1)
-            rows.append(row)
+        rows = [timed(name, options, program, model, data, folder) | memory[name] for name in options.methods]
+    if options.json:
         show("adapters", rows, capture_seconds=round(captured, 2), batch=options.batch, length=options.length)
+        return
+    print(f"batch {options.batch}, length {options.length}, rank {options.rank}; CPU time; capture, once: {captured:.2f} s")
+    print(table(rows))
 
 
 if __name__ == "__main__":
