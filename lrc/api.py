@@ -174,7 +174,7 @@ def compile(
         progress=progress,
     )
     dense = model if isinstance(model, Program) else prepared.program.clone()  # of a program, `prepare` has made a copy
-    made = run_passes(prepared.program, prepared.document.passes, prepared.session)
+    made = run_passes(prepared.program, prepared.document.passes, prepared.session, dense)
     return Compiled(prepared, made, dense)
 
 

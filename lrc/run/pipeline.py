@@ -37,9 +37,9 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
     return finished(plan, program, passes, session)
 
 
-def run_passes(program: Program, passes: Sequence[Any], session: Session) -> Plan:
-    """Rewrite `program` as the passes decide; return the plan as it was carried out."""
-    session.original = program.clone()
+def run_passes(program: Program, passes: Sequence[Any], session: Session, original: Program | None = None) -> Plan:
+    """Rewrite `program` as the passes decide; return the plan as it was carried out. original: a copy from before."""
+    session.original = original or program.clone()
     before = program.size()
     decisions: list[Decision] = []
     for index, options in enumerate(passes):
