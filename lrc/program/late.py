@@ -12,20 +12,20 @@ class LateGraphModule(fx.GraphModule):
     root: a graph module, of whose tree it takes what the nodes of `graph` read, sharing the tensors.
     """
 
-    late: bool = False
+    _lrc_uncompiled: bool = False  # a name that no submodule of a user has
 
     def __init__(self, root: fx.GraphModule, graph: fx.Graph) -> None:
         super().__init__({}, fx.Graph(), "GraphModule")
         self.training = root.training
         self.meta.update(root.meta)
         share_read(root, self, [str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")])
-        self.late = True
+        self._lrc_uncompiled = True
         self.graph = graph
 
     def recompile(self) -> PythonCode:
         """Make the code of the graph, but for the first time, which is that of the constructor."""
-        if self.late:
-            self.late = False
+        if self._lrc_uncompiled:
+            self._lrc_uncompiled = False
             type(self).forward = _compile_and_run  # every graph module has a class of its own
             return PythonCode("", {}, None)
         return super().recompile()
