@@ -100,14 +100,26 @@ def global_places(sites: Sequence[Candidates], amount: float) -> list[int]:
         return _fill(sites, chosen, amount)
     low = math.log(steepest) - math.log(sum(float(site.costs[-1]) for site in sites)) - 60.0
     high = math.log(steepest) - math.log(min(steps)) + 1.0  # nobody pays this for the smallest step
+    chosen, _ = lowest_within(sites, amount, lambda price: [site.best(math.exp(price)) for site in sites], low, high, chosen)
+    return _fill(sites, chosen, amount)
+
+
+def lowest_within(
+    sites: Sequence[Candidates], amount: float, at: Callable[[float], list[int]], low: float, high: float, start: list[int]
+) -> tuple[list[int], float]:
+    """Return the places at the lowest level in low … high whose costs fit the amount, found by halving, and that level.
+
+    at: the places at a level, of which a higher one costs less. start: what is returned where nothing fits.
+    """
+    chosen = start
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        tried = [site.best(math.exp(middle)) for site in sites]
+        tried = at(middle)
         if total_cost(sites, tried) <= amount:
             chosen, high = tried, middle
         else:
             low = middle
-    return _fill(sites, chosen, amount)
+    return chosen, high
 
 
 def _fill(sites: Sequence[Candidates], chosen: list[int], amount: float) -> list[int]:
@@ -148,15 +160,11 @@ def uniform_places(sites: Sequence[Candidates], budget: Budget) -> list[int]:
 
     A site that has none so cheap gets its cheapest one; the others make up for it with a smaller share, found by halving.
     """
-    chosen, low, high = [site.within(budget.share) for site in sites], 0.0, budget.share
+    chosen = [site.within(budget.share) for site in sites]
     if total_cost(sites, chosen) <= budget.amount:
         return chosen
-    chosen = [0] * len(sites)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        tried = [site.within(middle) for site in sites]
-        if total_cost(sites, tried) <= budget.amount:
-            chosen, low = tried, middle
-        else:
-            high = middle
-    return chosen
+
+    def less(removed: float) -> list[int]:
+        return [site.within(budget.share - removed) for site in sites]
+
+    return lowest_within(sites, budget.amount, less, 0.0, budget.share, [0] * len(sites))[0]

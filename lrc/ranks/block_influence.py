@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from lrc.ranks.allocate import HALVINGS, AllocatorOptions, allocator
+from lrc.ranks.allocate import AllocatorOptions, allocator, lowest_within
 from lrc.ranks.candidates import Budget, Candidates, Places, total_cost
 
 
@@ -47,16 +47,8 @@ def cheapest_level(
     """Return the places of the lowest level, at which least is removed, that fits the budget."""
     if total_cost(sites, [len(site.ranks) for site in sites]) <= budget.amount:
         return [len(site.ranks) for site in sites]
-    chosen = [0] * len(sites)
     low, high = -max(removed, default=0.0) - 40.0, -min(removed, default=0.0)  # nothing is removed; everything is
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        tried = at(middle)
-        if total_cost(sites, tried) <= budget.amount:
-            chosen, high = tried, middle
-        else:
-            low = middle
-    return chosen
+    return lowest_within(sites, budget.amount, at, low, high, [0] * len(sites))[0]
 
 
 def _note(known: Mapping[str, float | None]) -> str:

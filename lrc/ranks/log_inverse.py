@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lrc.ranks.allocate import HALVINGS, AllocatorOptions, allocator
+from lrc.ranks.allocate import AllocatorOptions, allocator, lowest_within
 from lrc.ranks.candidates import Budget, Candidates, Places, total_cost
 
 
@@ -50,15 +50,7 @@ def log_inverse_places(sites: Sequence[Candidates], budget: Budget) -> list[int]
     chosen = at(low)
     if total_cost(sites, chosen) <= budget.amount:
         return chosen
-    chosen = [0] * len(sites)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        tried = at(middle)
-        if total_cost(sites, tried) <= budget.amount:
-            chosen, high = tried, middle
-        else:
-            low = middle
-    return chosen
+    return lowest_within(sites, budget.amount, at, low, high, [0] * len(sites))[0]
 
 
 def weights_of(losses: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from lrc.ranks.allocate import HALVINGS, AllocatorOptions, allocator, uniform_places
+from lrc.ranks.allocate import AllocatorOptions, allocator, lowest_within, uniform_places
 from lrc.ranks.candidates import Budget, Candidates, Places, total_cost
 from lrc.spec.base import SpecModel
 from lrc.spec.registry import METRICS, Registered
@@ -58,15 +58,8 @@ def shared_by_sensitivity(sites: Sequence[Candidates], options: SensitivityBisec
     if total_cost(sites, chosen) > budget.amount:
         note = f"sensitivity: the budget is below the smallest ratio, {options.ratios[0]:g}, everywhere; it is shared equally"
         return uniform_places(sites, budget), (note,)
-    low, high = 0.0, top
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        tried = at(middle)
-        if total_cost(sites, tried) <= budget.amount:
-            chosen, high = tried, middle
-        else:
-            low = middle
-    return chosen, (f"sensitivity: every layer alone costs the model at most {high:.3g}",)
+    chosen, highest = lowest_within(sites, budget.amount, at, 0.0, top, chosen)
+    return chosen, (f"sensitivity: every layer alone costs the model at most {highest:.3g}",)
 
 
 def rising(sensitivity: Sequence[tuple[float, float]], scale: float) -> tuple[np.ndarray, np.ndarray]:

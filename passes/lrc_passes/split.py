@@ -17,7 +17,7 @@ from lrc.formats import NumberFormat
 from lrc.maps import Chain, LinearMap, Quantized, Rows, Sparse, Sum
 from lrc.program import Program, Site
 from lrc.ranks import FixedRank, ParamsKept, RankField
-from lrc.ranks.options_choice import cheapest_choice
+from lrc.ranks.knapsack import cheapest_choice
 from lrc.run import Keep, PassOptions, Rewrite, Session, Statistics
 from lrc.run.solved_pass import SolvedPass, solved_pass
 from lrc.solvers.splits import LqSplitter, QuantizedOptions, SparseOptions, SplitterOptions

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrc.errors import UsageError
-from lrc.ranks import Candidates, Offer, ParamsKept, SiteCurve, allocate_ranks, exact
+from lrc.ranks import Candidates, Offer, ParamsKept, SiteCurve, allocate_ranks, exact, knapsack
 from lrc.ranks.allocate import best_of, uniform_places
 from lrc.ranks.candidates import Budget, total_cost, total_loss
 from lrc.ranks.exact import exact_places
@@ -99,10 +99,10 @@ def test_exact_finds_what_trying_everything_finds(sites: list[Candidates], part:
     budget = budget_at(sites, part)
     found = total_loss(sites, ALLOCATORS["exact"](sites, budget))
     everything = list(product(*(range(len(site.costs)) for site in sites)))
-    room = budget.amount - 2 * exact.TOLERANCE * max(float(site.costs.max()) for site in sites)
+    room = budget.amount - 2 * knapsack.TOLERANCE * max(float(site.costs.max()) for site in sites)
     fits = [total_loss(sites, places) for places in everything if total_cost(sites, places) <= room]
     scale = max(float(site.losses.max()) for site in sites)
-    assert not fits or found <= min(fits) * (1 + exact.GAP) + 1e-6 * scale
+    assert not fits or found <= min(fits) * (1 + knapsack.GAP) + 1e-6 * scale
     assert found >= min(total_loss(sites, p) for p in everything if total_cost(sites, p) <= budget.amount)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import lrc
 from lrc.errors import LrcError, SpecError, UsageError
 from lrc.maps import Quantized, Sparse, Sum
-from lrc.ranks.options_choice import cheapest_choice
+from lrc.ranks.knapsack import cheapest_choice
 from lrc.run.solved_pass import SolvedPass
 
 
