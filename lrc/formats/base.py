@@ -1,5 +1,6 @@
 """What every number format says: how a matrix becomes packed tensors, and what those stand for."""
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,28 +11,28 @@ Encoded = dict[str, Tensor]
 """The packed tensors of a matrix, by name; `codes` is one of them."""
 
 
-class NumberFormat(Tagged):
+class NumberFormat(Tagged, ABC):
     """A way to store a matrix in few bits. A format knows shapes and bits, never where a matrix comes from."""
 
     type: Any
     bits: int
     floating: ClassVar[frozenset[str]] = frozenset()  # tensors that keep their own dtype when a model is cast
 
+    @abstractmethod
     def encode(self, weight: Tensor) -> Encoded:
         """Return the packed tensors of a finite matrix (out_features, in_features)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, encoded: Encoded, shape: tuple[int, int]) -> Tensor:
         """Return the matrix, float32, that packed tensors stand for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def empty(self, shape: tuple[int, int]) -> Encoded:
         """Return packed tensors of the right sizes with uninitialised numbers, on the current device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bits_per_weight(self) -> float:
         """Return what a number takes in a large matrix, scales counted, in bits."""
-        raise NotImplementedError
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Return the nearest matrix that the format can hold, in the dtype of `weight`."""

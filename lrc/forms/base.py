@@ -1,6 +1,7 @@
 """What a form of a convolution is: the ranks that it may have, what they lose in a solver's norm, and the kernels."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ Ranks = tuple[int, ...]
 Size = tuple[int, ...]  # (out_channels, in_channels, *kernel)
 
 
-class KernelForm:
+class KernelForm(ABC):
     """A way to store a convolution as a chain of smaller ones. `name` is the word for it in a spec and a plan.
 
     Every loss is exact: the squared error of the composed kernel in the norm of the solver, never that of the approximation
@@ -27,33 +28,33 @@ class KernelForm:
         """Say whether a tensor of this layout can be stored so."""
         return isinstance(layout, Patches) and layout.geometry.groups == 1 and math.prod(layout.kernel) > 1
 
+    @abstractmethod
     def limits(self, size: Size) -> Ranks:
         """Return the largest ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shapes(self, size: Size, ranks: Ranks) -> list[Size]:
         """Return the sizes of the kernels, first the one that is applied last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def geometries(self, layout: Patches, size: Size, ranks: Ranks) -> list[Geometry]:
         """Return how the kernels move, in the same order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, norm: Norm, size: Size, choices: Sequence[Ranks]) -> Tensor:
         """Return the squared errors in `norm` of the best kernels that are found, one for each of `choices`, float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kernels(self, norm: Norm, size: Size, ranks: Ranks) -> list[Tensor]:
         """Return the kernels, float64, first the one that is applied last."""
-        raise NotImplementedError
 
     def at(self, size: Size, rank: int) -> Ranks:
         """Return the ranks that one number stands for: it alone along every side that is as large."""
         return tuple(min(rank, limit) for limit in self.limits(size))
 
+    @abstractmethod
     def choices(self, size: Size, round_to: int) -> list[Ranks]:
         """Return what a budget chooses among, all of it with fewer numbers than the kernel: multiples of `round_to`."""
-        raise NotImplementedError
 
     def numbers(self, size: Size, ranks: Ranks) -> int:
         """Return how many numbers the kernels have."""

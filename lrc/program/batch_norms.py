@@ -46,7 +46,7 @@ def set_statistics(program: Program, statistics: Mapping[str, Tensor]) -> None:
     """Put other statistics of batch norms in place, by the names of their buffers; the captured module keeps its own."""
     for name, value in statistics.items():
         put(program.graph_module, name, value)
-    program.measured = (*program.measured, *(name for name in statistics if name not in program.measured))
+    program.changed |= statistics.keys()
 
 
 def norm_after(program: Program, site: Site) -> BatchNorm | str | None:

@@ -8,7 +8,6 @@ from torch import nn
 
 from lrc.errors import LowerError
 from lrc.maps import LinearMap
-from lrc.program.edits import put
 from lrc.program.owners import owned, place
 from lrc.program.program import Program
 
@@ -45,9 +44,6 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
             _put(twin, module, made)
         if site.tied:
             untie(twin)
-    tensors = program.tensors()
-    for name in program.measured:
-        put(twin, name, tensors[name])
     for module in program.idle:
         twin.set_submodule(module, nn.Identity())
     forget_ties(twin)
@@ -81,7 +77,7 @@ def share_factors(model: nn.Module, shared: Mapping[str, str]) -> None:
 
 
 def _put_changed(program: Program, model: nn.Module) -> None:
-    """Give a tree the trained tensors that stand in no map, under every name that they have."""
+    """Give a tree the tensors outside of maps that passes gave other values, under every name that they have."""
     tensors = program.tensors()
     for name in sorted(program.changed & tensors.keys()):
         for alias in program.names.ties(name) or (name,):

@@ -57,11 +57,11 @@ class Program:
 
     graph_module: the graph; inputs: its examples and dynamic sizes; names: the stored tensors in model order; maps: what
     stands at the raised sites now, by site; made_by: the pass that put it there. idle: modules of the captured model whose
-    work a site has taken over: an identity stands for them. measured: buffers that a pass has given other numbers. modules:
-    what else passes put in the place of a module of the user's (a norm), by its name. inserted: names of modules that have no
-    place there, with the reason. adapters: what is remembered of the adapters among them; frozen: nothing but adapters is
-    trained; raised: the sites whose nodes are calls; changed: names of stored tensors outside maps that training gave other
-    values than the captured module's.
+    work a site has taken over: an identity stands for them. modules: what else passes put in the place of a module of the
+    user's (a norm), by its name. inserted: names of modules that have no place there, with the reason. adapters: what is
+    remembered of the adapters among the maps; frozen: nothing but adapters is trained; raised: the sites whose nodes are
+    calls; changed: names of stored tensors outside of maps that passes (training, measured statistics) gave other values than
+    the captured module's.
     """
 
     graph_module: fx.GraphModule
@@ -72,7 +72,6 @@ class Program:
     maps: dict[str, LinearMap] = field(default_factory=dict)
     made_by: dict[str, str] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
-    measured: tuple[str, ...] = ()
     modules: dict[str, nn.Module] = field(default_factory=dict)
     inserted: dict[str, str] = field(default_factory=dict)
     adapters: dict[str, Adapted] = field(default_factory=dict)

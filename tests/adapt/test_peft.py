@@ -245,14 +245,18 @@ def test_corda_starts_as_in_peft(mode: str) -> None:
 def test_the_normal_float_of_loftq_is_that_of_peft() -> None:
     from peft.utils import loftq_utils
 
-    from lrc.initialisers.loftq import normal_float
+    from lrc.formats import NormalFloat
 
     if not hasattr(loftq_utils, "NFQuantizer"):
         pytest.skip("skipped: this version of PEFT quantises with bitsandbytes alone")
     weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
     for bits in (2, 4, 8):
         quantizer = loftq_utils.NFQuantizer(num_bits=bits, device="cpu", block_size=64)
-        assert close([normal_float(weight, bits)], [quantizer.dequantize_block(*quantizer.quantize_block(weight))], 1e-6)
+        assert close(
+            [NormalFloat(bits=bits, scale_bits=None).rounded(weight)],
+            [quantizer.dequantize_block(*quantizer.quantize_block(weight))],
+            1e-6,
+        )
 
 
 def test_vera_starts_as_in_peft_and_folders_go_both_ways(tmp_path: Path) -> None:
