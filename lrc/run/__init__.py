@@ -1,10 +1,10 @@
 """The runner: what a pass is, the plan and its decisions, statistics and cache, the output folder."""
 
 from lrc.run.adapters import Adapted, AdapterOptions, Place, adapter
+from lrc.run.decorators import site_pass
 from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics, pass_for, program_pass
 from lrc.run.plan import Decision, Keep, Plan, Summary
 from lrc.run.session import Progress, Session, silent
-from lrc.run.site_pass import site_pass
 
 __all__ = [
     "Adapted",
