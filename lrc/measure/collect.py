@@ -214,7 +214,8 @@ class Walk(fx.Interpreter):
             add_piece(self.weighted[tap.gives], piece, weight, squares)
 
     def moments(self) -> dict[str, Moments]:
-        """Return the means; the same tensor for sites that read the same value."""
+        """Return the means; the same tensor for sites that read the same value. Called once: sums go as they are read."""
+        with_gradients = bool(self.outputs)
         tokens = max(self.tokens.values(), default=0)
         shared: dict[tuple[Source, ...], Moments] = {}
         made = {}
@@ -227,17 +228,18 @@ class Walk(fx.Interpreter):
                 shared[reads] = self._means(fqn, reads, taps)
             sampled: dict[str, Any] = {name: _finite(value, fqn, name) for name, value in self.samples.of(fqn).items()}
             made[fqn] = replace(shared[reads], **sampled)
-            if self.outputs:
+            if with_gradients:
                 made[fqn] = self._with_gradients(made[fqn], fqn, [tap.gives for tap in taps], tokens)
         return made
 
     def _with_gradients(self, moments: Moments, fqn: str, gives: Sequence[fx.Node], tokens: int) -> Moments:
-        fisher = _finite(_added([self.outputs[node].total() for node in gives]) / max(tokens, 1), fqn, "output gradients")
-        weight = sum(self.weighted[node].weight for node in gives)
+        fisher = _finite(_added([self.outputs.pop(node).total() for node in gives]) / max(tokens, 1), fqn, "output gradients")
+        weighted = [self.weighted.pop(node) for node in gives]
+        weight = sum(sums.weight for sums in weighted)
         if weight == 0:
             return replace(moments, fisher=fisher)
-        gram = _added([self.weighted[node].total() for node in gives]) / weight
-        mean = _added([self.weighted[node].column_sum() for node in gives]) / weight
+        gram = _added([sums.total() for sums in weighted]) / weight
+        mean = _added([sums.column_sum() for sums in weighted]) / weight
         return replace(moments, fisher=fisher, weighted_gram=gram, weighted_mean=mean)
 
     def _joint(self, fqn: str, taps: Sequence[Tap], tokens: int) -> Moments:
