@@ -3,24 +3,32 @@
 import torch
 from torch import Tensor
 
-FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of a code -> the fields that it is stored in
+MOST = 16  # bits of a code
+
+
+def fields(bits: int) -> tuple[int, ...]:
+    """Return the fields that a code of `bits` bits is stored in, the highest first: 8, 4, 2 or 1 bits each.
+
+    Raises ValueError for a number of bits that has no layout.
+    """
+    if not 1 <= bits <= MOST:
+        raise ValueError(f"codes of {bits} bits cannot be packed; 1 to {MOST} bits can")
+    return (8,) * (bits // 8) + tuple(field for field in (4, 2, 1) if bits & field)
 
 
 def packed_bytes(count: int, bits: int) -> int:
     """Return how many bytes `count` codes of `bits` bits take; every field ends at a whole byte."""
-    return sum(-(-count * field // 8) for field in FIELDS[bits])
+    return sum(-(-count * field // 8) for field in fields(bits))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes (count,) in 0 … 2**bits - 1 into uint8, the first code of a byte in its lowest bits.
 
-    A code of 3 bits is stored as its upper two, packed together, and after all of them the lowest ones.
-    Raises ValueError for a number of bits that has no layout.
+    A code of 3 bits is stored as its upper two, packed together, and after all of them the lowest ones; so are all codes
+    whose bits are no power of two. Raises ValueError for a number of bits that has no layout.
     """
-    if bits not in FIELDS:
-        raise ValueError(f"codes of {bits} bits cannot be packed; known: {', '.join(map(str, FIELDS))}")
     parts, low = [], bits
-    for field in FIELDS[bits]:
+    for field in fields(bits):
         low -= field
         of_field = (codes.to(torch.int32) >> low) & (2**field - 1)
         per_byte = 8 // field
@@ -32,13 +40,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Return the codes (count,) as int32 that `pack` has packed."""
     parts, start, low = [], 0, bits
-    for field in FIELDS[bits]:
+    for field in fields(bits):
         low -= field
         end = start + -(-count * field // 8)
-        spread = torch.bitwise_right_shift(packed[start:end].to(torch.int32)[:, None], _shifts(field, packed.device))
-        parts.append(torch.bitwise_and(spread, 2**field - 1).reshape(-1)[:count] * 2**low)
+        whole = packed[start:end].to(torch.int32)
+        if field < 8:
+            spread = torch.bitwise_right_shift(whole[:, None], _shifts(field, packed.device))
+            whole = torch.bitwise_and(spread, 2**field - 1).reshape(-1)[:count]
+        parts.append(whole * 2**low if low else whole)
         start = end
-    codes: Tensor = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    codes = parts[0]
+    for part in parts[1:]:
+        codes = codes + part
     return codes
 
 

@@ -10,6 +10,7 @@ import torch
 
 from lrc.maps.base import Affine, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
 from lrc.maps.bottleneck import Bottleneck
+from lrc.maps.codebook import Codebook
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import ConvChain
 from lrc.maps.drop import drop_closed_gates, drop_empty_terms, drop_identity, holds_numbers, inner_bias, join_blocks
@@ -183,7 +184,9 @@ def multiply_out(made: LinearMap) -> LinearMap | None:
 
 
 def _foldable(slot: Slot) -> bool:
-    return not isinstance(slot, LinearMap) or (slot.obstacle() is None and not isinstance(slot, Pivoted | Quantized | Sparse))
+    return not isinstance(slot, LinearMap) or (
+        slot.obstacle() is None and not isinstance(slot, Pivoted | Quantized | Sparse | Codebook)
+    )
 
 
 def _combined(made: LinearMap, left: Slot, right: Slot) -> Affine:

@@ -10,6 +10,7 @@ from lrc.maps.bag import Bag
 from lrc.maps.base import LinearMap, Structure
 from lrc.maps.blocks import Blocks
 from lrc.maps.bottleneck import Bottleneck
+from lrc.maps.codebook import Codebook
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain
 from lrc.maps.dropout import Dropout
@@ -22,6 +23,7 @@ from lrc.maps.pivoted import Pivoted
 from lrc.maps.places import Pick, Spread
 from lrc.maps.quantized import Quantized
 from lrc.maps.row_norm import RowNorm
+from lrc.maps.segments import Segments
 from lrc.maps.shared import SharedLookup
 from lrc.maps.small import Identity, OutputMask
 from lrc.maps.sparse import Sparse
@@ -31,6 +33,7 @@ from lrc.maps.tucker import Tucker
 KINDS: tuple[type[LinearMap], ...] = (
     Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, Quantized, Sparse,
     Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm, SharedLookup,
+    Codebook, Segments,
 )  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 
