@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lrc.formats import pack, packed_bytes, unpack
 from lrc.maps.base import Affine, Cost, Structure, exact_bias
 from lrc.maps.conv import Geometry
-from lrc.maps.packed import Packed, stored_dtype
+from lrc.maps.dtypes import OwnDtypes, stored_dtype
+from lrc.maps.recompute import Packed, packed_linear
 
 
 def code_bits(codewords: int) -> int:
@@ -18,7 +18,7 @@ def code_bits(codewords: int) -> int:
     return max(1, math.ceil(math.log2(codewords)))
 
 
-class Codebook(Packed):
+class Codebook(OwnDtypes):
     """y = weight x + bias, weight (out_features, in_features) = codebook[codes], row by row in pieces of d numbers.
 
     codebook: (k, d); codes: packed, ceil(log2(k)) bits for each of out_features * in_features / d pieces. A codebook in the
@@ -88,15 +88,24 @@ class Codebook(Packed):
 
     def matrix(self) -> Tensor:
         """Return the weight (out_features, in_features) in the map's dtype; gradients flow to the codebook."""
-        found = self.codebook.to(self._dtype).index_select(0, self.places())
-        return found.reshape(self.out_features, self.in_features)
+        return self.looked_up(self.codebook)
+
+    def looked_up(self, codebook: Tensor) -> Tensor:
+        """Return the weight of a codebook (k, d), in the map's dtype."""
+        return codebook.to(self._dtype).index_select(0, self.places()).reshape(self.out_features, self.in_features)
+
+    def gathered(self, gradient: Tensor) -> Tensor:
+        """Return the sum of a gradient (out_features, in_features) over the pieces of every codeword, (k, d)."""
+        return gradient.new_zeros(self.k, self.d).index_add(0, self.places(), gradient.reshape(-1, self.d))
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features), or to (batch, in_features, *sizes)."""
-        weight = self.matrix()
-        if not self.dims:
-            return F.linear(x, weight, self.bias)
-        return Geometry.unit(self.dims)(x, weight.reshape(*weight.shape, *(1,) * self.dims), self.bias)
+        if self.dims:
+            weight = self.matrix()
+            return Geometry.unit(self.dims)(x, weight.reshape(*weight.shape, *(1,) * self.dims), self.bias)
+        trained = self.codebook if self.codebook.requires_grad else None
+        packed = Packed(lambda values: self.looked_up(self.codebook if values is None else values), self.gathered)
+        return packed_linear(x, self.bias, packed, trained)
 
     def exact(self) -> Affine:
         """Return the weight and the bias in float64."""

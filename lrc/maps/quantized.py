@@ -4,14 +4,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lrc.formats import Encoded, NumberFormat, format_of
 from lrc.maps.base import Affine, Cost, Structure, exact_bias
-from lrc.maps.packed import Packed
+from lrc.maps.dtypes import OwnDtypes
+from lrc.maps.recompute import Packed, packed_linear
 
 
-class Quantized(Packed):
+class Quantized(OwnDtypes):
     """y = weight x + bias, the weight (out_features, in_features) stored in a number format.
 
     The packed tensors are buffers of the map, and not trained; gradients flow to x and to the bias. A cast of the model
@@ -60,7 +60,11 @@ class Quantized(Packed):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
-        return F.linear(x, self.decoded(), self.bias)
+        return packed_linear(x, self.bias, Packed(lambda values: self.decoded()))
+
+    def matrix(self) -> Tensor:
+        """Return the decoded weight, which has no gradient."""
+        return self.decoded()
 
     def exact(self) -> Affine:
         """Return the decoded weight and the bias in float64."""

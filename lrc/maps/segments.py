@@ -12,10 +12,10 @@ from lrc.maps.base import Affine, Cost, Structure, exact_bias
 from lrc.maps.codebook import Codebook
 from lrc.maps.composites import Chain
 from lrc.maps.conv import Geometry, plain
-from lrc.maps.packed import Packed, stored_dtype
+from lrc.maps.dtypes import OwnDtypes, stored_dtype
 
 
-class Segments(Packed):
+class Segments(OwnDtypes):
     """y = (I ⊗ basis) x + bias: basis (d, m) takes each of `count` segments of m features to d.
 
     Of an image the features are its patches, (in_channels, *kernel) each, and a segment is some whole channels of one: a

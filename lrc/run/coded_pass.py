@@ -47,8 +47,9 @@ def in_codes(site: Site, statistics: Statistics, options: Any, generator: torch.
             f"{len(found.codebook)} codewords for {pieces} pieces need no fewer bytes: {after}, the dense weight {before}"
         )
     own = made.bias_cost(1).bytes
+    bits, ratio = 8 * (after - own) / weight.numel(), (before - own) / (after - own)
     note = (
-        f"{8 * (after - own) / weight.numel():.3f} bits a weight, {(before - own) / (after - own):.1f}x smaller: error {error:.2%}, "
+        f"{bits:.3f} bits a weight, {ratio:.1f}x smaller: error {error:.2%}, "
         f"{share(found.low_rank, found):.0%} of its square by {d} of {solver.m} dimensions, the rest by codes"
     )
     return Rewrite(made, (note, *found.notes), d)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lrc.maps.base import InParts, LinearMap, as_parameter
 
 
-class Packed(InParts):
+class OwnDtypes(InParts):
     """A map whose stored tensors do not follow the model's dtype.
 
     apart: names of floating buffers that keep their own dtype; a cast of the model changes the dtype that is computed in.
@@ -48,6 +48,6 @@ class Packed(InParts):
 
 
 def stored_dtype(name: str | None) -> torch.dtype:
-    """Return a dtype by the name that `Packed.own_dtype` has given it; None stands for the current one."""
+    """Return a dtype by the name that `OwnDtypes.own_dtype` has given it; None stands for the current one."""
     found: torch.dtype = torch.get_default_dtype() if name is None else getattr(torch, name)
     return found
