@@ -4,21 +4,14 @@ import torch
 from torch import Tensor
 
 MOST = 16  # bits of a code
-
-
-def fields(bits: int) -> tuple[int, ...]:
-    """Return the fields that a code of `bits` bits is stored in, the highest first: 8, 4, 2 or 1 bits each.
-
-    Raises ValueError for a number of bits that has no layout.
-    """
-    if not 1 <= bits <= MOST:
-        raise ValueError(f"codes of {bits} bits cannot be packed; 1 to {MOST} bits can")
-    return (8,) * (bits // 8) + tuple(field for field in (4, 2, 1) if bits & field)
+FIELDS = {  # bits of a code -> the fields that it is stored in, the highest first: 8, 4, 2 or 1 bits each
+    bits: (8,) * (bits // 8) + tuple(field for field in (4, 2, 1) if bits & field) for bits in range(1, MOST + 1)
+}
 
 
 def packed_bytes(count: int, bits: int) -> int:
     """Return how many bytes `count` codes of `bits` bits take; every field ends at a whole byte."""
-    return sum(-(-count * field // 8) for field in fields(bits))
+    return sum(-(-count * field // 8) for field in FIELDS[bits])
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -27,8 +20,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     A code of 3 bits is stored as its upper two, packed together, and after all of them the lowest ones; so are all codes
     whose bits are no power of two. Raises ValueError for a number of bits that has no layout.
     """
+    if bits not in FIELDS:
+        raise ValueError(f"codes of {bits} bits cannot be packed; 1 to {MOST} bits can")
     parts, low = [], bits
-    for field in fields(bits):
+    for field in FIELDS[bits]:
         low -= field
         of_field = (codes.to(torch.int32) >> low) & (2**field - 1)
         per_byte = 8 // field
@@ -40,7 +35,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Return the codes (count,) as int32 that `pack` has packed."""
     parts, start, low = [], 0, bits
-    for field in fields(bits):
+    for field in FIELDS[bits]:
         low -= field
         end = start + -(-count * field // 8)
         whole = packed[start:end].to(torch.int32)

@@ -88,11 +88,11 @@ class Codebook(OwnDtypes):
 
     def matrix(self) -> Tensor:
         """Return the weight (out_features, in_features) in the map's dtype; gradients flow to the codebook."""
-        return self.looked_up(self.codebook)
+        return self.looked_up(self.computed("codebook"))
 
     def looked_up(self, codebook: Tensor) -> Tensor:
-        """Return the weight of a codebook (k, d), in the map's dtype."""
-        return codebook.to(self._dtype).index_select(0, self.places()).reshape(self.out_features, self.in_features)
+        """Return the weight of a codebook (k, d), in its dtype."""
+        return codebook.index_select(0, self.places()).reshape(self.out_features, self.in_features)
 
     def gathered(self, gradient: Tensor) -> Tensor:
         """Return the sum of a gradient (out_features, in_features) over the pieces of every codeword, (k, d)."""
@@ -101,10 +101,10 @@ class Codebook(OwnDtypes):
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features), or to (batch, in_features, *sizes)."""
         if self.dims:
-            weight = self.matrix()
-            return Geometry.unit(self.dims)(x, weight.reshape(*weight.shape, *(1,) * self.dims), self.bias)
+            kernel = self.matrix().reshape(self.out_features, self.in_features, *(1,) * self.dims)
+            return Geometry.unit(self.dims)(x, kernel, self.bias)
         trained = self.codebook if self.codebook.requires_grad else None
-        packed = Packed(lambda values: self.looked_up(self.codebook if values is None else values), self.gathered)
+        packed = Packed(lambda values: self.looked_up(self.computed("codebook") if values is None else values), self.gathered)
         return packed_linear(x, self.bias, packed, trained)
 
     def exact(self) -> Affine:

@@ -30,6 +30,11 @@ class OwnDtypes(InParts):
             self.register_buffer(name, tensor.detach())
             self.apart = (*self.apart, name)
 
+    def computed(self, name: str) -> Tensor:
+        """Return a stored tensor in the dtype that is computed in."""
+        stored: Tensor = getattr(self, name)
+        return stored.to(self._dtype) if name in self.apart else stored
+
     def own_dtype(self, name: str) -> str | None:
         """Return the name of the dtype that a tensor keeps, or None where that is the model's."""
         return str(getattr(self, name).dtype).removeprefix("torch.") if name in self.apart else None

@@ -58,7 +58,7 @@ class Segments(OwnDtypes):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features), or to (batch, in_channels, *sizes)."""
-        basis = self.basis.to(self._dtype)
+        basis = self.computed("basis")
         if self.geometry is None:
             y = F.linear(x.unflatten(-1, (self.count, -1)), basis).flatten(-2)
             return y if self.bias is None else y + self.bias
@@ -75,7 +75,7 @@ class Segments(OwnDtypes):
 
     def matrix(self) -> Tensor:
         """Return the block-diagonal weight (out_features, in_features)."""
-        return self._repeated(self.basis.to(self._dtype))
+        return self._repeated(self.computed("basis"))
 
     def _repeated(self, basis: Tensor) -> Tensor:
         return torch.block_diag(*[basis] * self.count)  # type: ignore[no-untyped-call]  # torch has no annotation here

@@ -80,7 +80,7 @@ def means(rows: Tensor, codewords: Tensor, codes: Tensor) -> Tensor:
     if len(empty):
         far = (rows - moved[codes]).square().sum(1).topk(min(len(empty), len(rows))).indices
         moved[empty[: len(far)]] = rows[far]
-        moved[empty[len(far) :]] = moved[codes[0]]
+        moved[empty[len(far) :]] = rows[far[0]]
     return moved
 
 

@@ -66,4 +66,6 @@ def orthonormal(coefficients: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Te
     Distances between the new coefficients are distances between the pieces that they stand for.
     """
     Q, R = torch.linalg.qr(basis.T)
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R.dtype)  # a basis that is orthonormal stays as it is
+    Q, R = Q * signs, signs[:, None] * R
     return coefficients @ R.T, Q.T.contiguous(), R.T

@@ -180,6 +180,8 @@ class Loop:
         self.history[-1]["validation"] = value
         if not math.isfinite(value):
             raise self.failure(done, f"the validation figure is {value}")
+        if not self.recipe.comparable():
+            return
         sign = 1 if self.validation.greater else -1
         if self.best is None or sign * value > sign * self.best["value"]:
             self.best = {"value": value, "step": done, **self.tensors()}
