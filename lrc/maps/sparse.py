@@ -44,16 +44,24 @@ class Sparse(InParts):
         """How many numbers the support has."""
         return self.values.shape[0]
 
-    def spread(self) -> Tensor:
-        """Return the weight (out_features, in_features); gradients flow to the values."""
+    def spread(self, values: Tensor | None = None) -> Tensor:
+        """Return the weight (out_features, in_features), of other values where given; gradients flow to them."""
+        values = self.values if values is None else values
         size = self.out_features * self.in_features
         if self.support.dtype == torch.int32:
-            flat = self.values.new_zeros(size).index_put((self.support.long(),), self.values)
+            flat = values.new_zeros(size).index_put((self.support.long(),), values)
         else:
             inside = unpack(self.support, 1, size)
             place = (inside.cumsum(0) - 1).clamp(min=0)
-            flat = self.values[place] * inside.to(self.values.dtype) if self.count else self.values.new_zeros(size)
+            flat = values[place] * inside.to(values.dtype) if self.count else values.new_zeros(size)
         return flat.reshape(self.out_features, self.in_features)
+
+    def gathered(self, gradient: Tensor) -> Tensor:
+        """Return the numbers of a matrix (out_features, in_features) on the support, in the order of the values."""
+        flat = gradient.reshape(-1)
+        if self.support.dtype == torch.int32:
+            return flat[self.support.long()]
+        return flat[torch.nonzero_static(unpack(self.support, 1, flat.numel()), size=self.count)[:, 0]]
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
