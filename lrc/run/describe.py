@@ -15,6 +15,7 @@ from lrc.spec.registry import (
     OBJECTIVES,
     OPTIMIZERS,
     PASSES,
+    PRUNERS,
     RANKS,
     RECIPES,
     SOLVERS,
@@ -23,7 +24,7 @@ from lrc.spec.registry import (
 )
 
 REGISTRIES: dict[str, Registry] = {
-    "passes": PASSES, "solvers": SOLVERS, "splitters": SPLITTERS, "ranks": RANKS, "allocators": ALLOCATORS,
+    "passes": PASSES, "solvers": SOLVERS, "splitters": SPLITTERS, "pruners": PRUNERS, "ranks": RANKS, "allocators": ALLOCATORS,
     "adapters": ADAPTERS, "initialisers": INITIALISERS, "optimizers": OPTIMIZERS, "objectives": OBJECTIVES, "recipes": RECIPES,
     "metrics": METRICS, "exports": EXPORTERS,
 }  # fmt: skip
