@@ -33,13 +33,8 @@ from lrc.maps.tucker import Tucker
 
 KINDS: tuple[type[LinearMap], ...] = (
     Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, Quantized, Sparse,
-<<<<<<< HEAD
-    Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm, SharedLookup,
-    Codebook, Segments,
-=======
     SparseLowRank, Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm,
-    SharedLookup,
->>>>>>> main
+    SharedLookup, Codebook, Segments,
 )  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 
