@@ -102,6 +102,7 @@ def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, nonn
     model = captured(bert if "onnx" in name else nonnegative_llama if name == "nmf" else llama)
     overrides = {  # for a tiny model
         "lord": ["passes.0.round_to=8"],
+        "lr2vq": ["passes.0.solver.m=4", "passes.0.rank=2", "passes.1.recipe.k=4"],
         "size_mb": ["passes.0.rank.size_mb=0.04"],
         "quality": [f"evaluate.dataset={data / 'stream.txt'}", "passes.0.rank.quality.resolution=0.2"],
     }.get(name, [])
@@ -110,7 +111,7 @@ def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, nonn
     done.raise_on_failure()
     plan = done.record.plan
     assert any(decision.keep is None for decision in plan.decisions)
-    packed = any("Quantized" in decision.after.text for decision in plan.decisions)  # as many numbers, in fewer bytes
+    packed = any(word in decision.after.text for word in ("Quantized", "Codebook") for decision in plan.decisions)  # as many numbers, in fewer bytes
     assert packed or plan.parameters[1] < plan.parameters[0]
     assert plan.bytes[1] < plan.bytes[0]
     assert all(row["ok"] for row in done.record.parity)
