@@ -111,7 +111,9 @@ def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, nonn
     done.raise_on_failure()
     plan = done.record.plan
     assert any(decision.keep is None for decision in plan.decisions)
-    packed = any(word in decision.after.text for word in ("Quantized", "Codebook") for decision in plan.decisions)  # as many numbers, in fewer bytes
+    packed = any(
+        word in decision.after.text for word in ("Quantized", "Codebook") for decision in plan.decisions
+    )  # as many numbers, in fewer bytes
     assert packed or plan.parameters[1] < plan.parameters[0]
     assert plan.bytes[1] < plan.bytes[0]
     assert all(row["ok"] for row in done.record.parity)

@@ -103,7 +103,7 @@ class Codebook(OwnDtypes):
         if self.dims:
             kernel = self.matrix().reshape(self.out_features, self.in_features, *(1,) * self.dims)
             return Geometry.unit(self.dims)(x, kernel, self.bias)
-        trained = self.codebook if self.codebook.requires_grad else None
+        trained = None if "codebook" in self.apart else self.codebook
         packed = Packed(lambda values: self.looked_up(self.computed("codebook") if values is None else values), self.gathered)
         return packed_linear(x, self.bias, packed, trained)
 

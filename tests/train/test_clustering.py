@@ -62,7 +62,7 @@ def test_weights_are_trained_then_clustered_and_end_in_codes(assign: str) -> Non
         assert isinstance(made.B, Codebook)
         assert isinstance(made.A, Segments)
         assert made.B.codebook.dtype == made.A.basis.dtype == torch.float16
-    assert any("3 weights in codes: " in note for note in done.plan.notices)
+    assert any("3 weights in codes: " in note for note in done.plan.notes)
     stored = sum(t.nbytes for fqn in ("conv", "up", "down") for t in done.program.sites[fqn].map.state_dict().values())
     assert stored == sum(d.after.bytes for d in done.plan.decisions if d.index == 2)
     clustered = compiled({"assign": assign, "iterations": 50}, cache="other", steps=1)
@@ -74,7 +74,9 @@ def test_weights_are_trained_then_clustered_and_end_in_codes(assign: str) -> Non
 @pytest.mark.parametrize("assign", ["dkm", "straight_through"])
 def test_what_is_validated_is_clustered_and_is_what_is_stored(assign: str) -> None:
     np.savez("valid.npz", x=DATA.numpy())
-    done = compiled({"assign": assign, "dtype": "model", "every": 3}, validation={"data": "valid.npz", "every": 5})
+    done = compiled(
+        {"assign": assign, "dtype": "model", "every": 3}, validation={"data": "valid.npz", "every": 5}, batch_size=64
+    )
     history = done.training[0]["history"]
     validations = {int(row["step"]): row["validation"] for row in history if "validation" in row}
     assert validations[15] < validations[20]  # not clustered yet
