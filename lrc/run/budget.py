@@ -62,32 +62,44 @@ def priced(program: Program, session: Session, options: Any, curves: Mapping[str
 def timed(
     program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve], at: Shapes
 ) -> dict[str, SiteCurve]:
-    """Return the curves with the time of each site at the shapes `at`; sites that are alike are measured once."""
+    """Return the curves with the time of each site at the shapes `at`."""
+    structures = {fqn: operators(program.sites[fqn], curve, options.round_to) for fqn, curve in curves.items()}
+    tables = tables_of(program, session, structures, at)
+    found = {fqn: with_times(curve, tables[fqn]) for fqn, curve in curves.items()}
+    warn(session, max((curve.times.noise for curve in found.values() if curve.times is not None), default=0.0))
+    return found
+
+
+def tables_of(
+    program: Program, session: Session, structures: Mapping[str, Mapping[str, Structure]], at: Shapes
+) -> dict[str, list[Table]]:
+    """Return the times of the structures of every site, in ms, a table for each of its uses; alike ones are measured once."""
     device = next(iter(program.tensors().values())).device
     model = read_in_a_run(program)
-    wanted: dict[str, tuple[dict[str, Structure], tuple[int, ...], Site]] = {}
+    wanted: dict[str, tuple[Mapping[str, Structure], tuple[int, ...], Site]] = {}
     uses: dict[str, list[str]] = {}
-    for fqn, curve in curves.items():
+    for fqn, of_site in structures.items():
         site = program.sites[fqn]
-        structures = operators(site, curve, options.round_to)
         for shape in shapes_per_use(program, site, at):
-            key = digest(structures, shape, site.dtype, bucket(model - read_at(site)))
-            wanted[key] = (structures, shape, site)
+            key = digest(of_site, shape, site.dtype, bucket(model - read_at(site)))
+            wanted[key] = (of_site, shape, site)
             uses.setdefault(fqn, []).append(key)
     tables = {
         key: measure_operators(
-            session.cache, structures, shape, indices=indices(site), dtype=site.dtype, device=device,
+            session.cache, of_site, shape, indices=indices(site), dtype=site.dtype, device=device,
             between=model - read_at(site),
         )
-        for key, (structures, shape, site) in session.track("time", wanted.items())
+        for key, (of_site, shape, site) in session.track("time", wanted.items())
     }  # fmt: skip
-    found = {fqn: with_times(curve, [tables[key] for key in uses[fqn]]) for fqn, curve in curves.items()}
-    noise = max((curve.times.noise for curve in found.values() if curve.times is not None), default=0.0)
+    return {fqn: [tables[key] for key in keys] for fqn, keys in uses.items()}
+
+
+def warn(session: Session, noise: float) -> None:
+    """Note in the plan that measured times are uncertain, where they are."""
     if noise > MARGIN:
         session.notices.append(
             f"times on this device are uncertain by up to {noise:.1%}: a layer stays dense where its gain is not larger"
         )
-    return found
 
 
 def read_in_a_run(program: Program) -> int:
