@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrc.maps import LinearMap, Structure, restore
+from lrc.maps import LinearMap, Sparse, Structure, restore
 from lrc.measure.cache import Cache, digest
 from lrc.measure.latency import Latency, joined, measure_latency, ratio_to
 
@@ -156,6 +156,10 @@ def random_map(structure: Structure, dtype: torch.dtype, device: torch.device, g
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         for index in made.buffers():
             index.copy_(torch.randperm(index.numel(), generator=generator))
+        for part in made.modules():
+            if isinstance(part, Sparse):  # a mask has as many ones as there are numbers
+                first = torch.arange(part.out_features * part.in_features) < part.count
+                part.support.copy_(Sparse.of(first.reshape(part.out_features, -1).float(), first).support)
     return made.to(dtype).to(device).requires_grad_(False).eval()
 
 

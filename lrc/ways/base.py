@@ -44,17 +44,21 @@ def way(options: type[WayOptions]) -> Callable[[Callable[P, R]], Rule[P, R]]:
 
 @dataclass(frozen=True)
 class Target:
-    """A weight that is to be replaced, with the norm that says what an error costs.
+    """A weight that is to be replaced, and what errors of it cost.
 
-    terms: its decomposition in that norm, with all terms. dtype: of the numbers that a map stores unpacked.
+    terms: its decomposition, with all terms, in the (damped) norm that products are fitted in. outputs, inputs: G
+    (out_features, out_features) and C (in_features, in_features) as measured, float64. dtype: of the numbers that a map
+    stores unpacked.
     """
 
     terms: Decomposition
+    outputs: Tensor
+    inputs: Tensor
     dtype: torch.dtype
 
     @property
     def norm(self) -> Norm:
-        """The norm, of which `loss` is a multiple."""
+        """The norm that fits are the best in."""
         assert self.terms.norm is not None, "the pass has checked that its solver has a norm"
         return self.terms.norm
 
@@ -65,7 +69,7 @@ class Target:
 
     @cached_property
     def gram(self) -> Tensor:
-        """C = L Lᵀ, what weighs errors by their inputs, (in_features, in_features), float64."""
+        """C of the norm, (in_features, in_features), float64."""
         right = self.norm.right
         if right is None:
             return torch.eye(self.weight.shape[1], dtype=torch.float64)
@@ -83,8 +87,9 @@ class Target:
         return self.outer[:, None] * self.gram.diagonal()
 
     def loss(self, weight: Tensor) -> float:
-        """Return what a weight (out_features, in_features) in place of this one costs, in the unit of the terms."""
-        return self.terms.scale * self.norm.loss(weight)
+        """Return 1/2 tr(G dW C dWᵀ) of a weight (out_features, in_features) in place of this one, in nats per token."""
+        error = weight.double() - self.weight
+        return 0.5 * max(0.0, float(((self.outputs @ error) * (error @ self.inputs)).sum()))
 
     def finished(self, made: LinearMap) -> LinearMap:
         """Return a map with the site's bias, which makes up for the mean of what the map drops where inputs are centred."""
