@@ -94,7 +94,9 @@ def allocate_ranks(
         chosen = settled(allocate, additive=all(curve.additive for curve in curves))
         found: Allocation = rule(curves, options, Setting(chosen, round_to, rest, judge, search, key))
         return found
-    alone = [curve for curve in curves if not isinstance(curve, MixedCurve | OptionsCurve)]  # these are offered under a budget alone
+    alone = [
+        curve for curve in curves if not isinstance(curve, MixedCurve | OptionsCurve)
+    ]  # these are offered under a budget alone
     return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in alone})
 
 

@@ -37,8 +37,8 @@ Judge = Callable[[Mapping[str, Choice]], Verdict]
 class Setting:
     """What stands beside a budget: who shares it, the multiple that ranks are of, and the bytes of the rest of the model.
 
-    key: how the spec names the budget, `rank` or `budget`. judge: makes the model of some choices and measures it; only a budget of quality asks for it. search: what improves the
-    places of `allocate` with the model at hand, where they are learned.
+    judge: makes the model of some choices and measures it; only a budget of quality asks for it. search: what improves the
+    places of `allocate` with the model at hand, where they are learned. key: how the spec names the budget, `rank` or `budget`.
     """
 
     allocate: AllocatorOptions

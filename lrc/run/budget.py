@@ -13,7 +13,7 @@ from lrc.measure import digest
 from lrc.measure.operators import NOISE, PRESENT, bucket, measure_operators
 from lrc.measure.workload import Shapes, rows_per_sample, shapes_at, shapes_per_use, typical
 from lrc.program import Program, Site
-from lrc.ranks import Front, GroupCurve, QualityBudget, SiteCurve, Times, Unit, allocate_ranks, measured_ranks
+from lrc.ranks import Front, GroupCurve, OptionsCurve, QualityBudget, SiteCurve, Times, Unit, allocate_ranks, measured_ranks
 from lrc.ranks.base import NOISE as MARGIN
 from lrc.run.plan import Decision
 from lrc.run.session import Session
@@ -21,7 +21,8 @@ from lrc.run.statistics import outline_of
 from lrc.run.summary import outline
 
 Table = dict[str, float]
-Curves = Mapping[str, SiteCurve] | Mapping[str, GroupCurve] | Mapping[str, SiteCurve | GroupCurve]
+Curves = Mapping[str, SiteCurve] | Mapping[str, GroupCurve] | Mapping[str, SiteCurve | GroupCurve] | Mapping[str, OptionsCurve]
+OfProducts = Mapping[str, SiteCurve] | Mapping[str, GroupCurve] | Mapping[str, SiteCurve | GroupCurve]
 
 
 def check_shapes(program: Program, session: Session, options: Any) -> None:
@@ -179,14 +180,14 @@ def rest_of(program: Program, curves: Curves) -> int:
     return program.size()[1] - int(sum(curve.present("bytes") for curve in curves.values()))
 
 
-def with_latency(options: Any, curves: Curves, decision: Decision) -> Decision:
+def with_latency(options: Any, curves: OfProducts, decision: Decision) -> Decision:
     """Return a decision with its measured times, where the budget is one of time."""
     if unit_of(options) != "ms" or decision.name not in curves:
         return decision
     return replace(decision, latency=costs(curves[decision.name], "ms", decision))
 
 
-def spent(options: Any, curves: Curves, decisions: Iterable[Decision]) -> list[str]:
+def spent(options: Any, curves: OfProducts, decisions: Iterable[Decision]) -> list[str]:
     """Return a line for the plan on what no other line of it shows: FLOPs per sample, or time."""
     unit = unit_of(options)
     if unit not in ("flops", "ms"):

@@ -25,9 +25,9 @@ from lrc.spec.registry import (
 )
 
 REGISTRIES: dict[str, Registry] = {
-    "passes": PASSES, "solvers": SOLVERS, "splitters": SPLITTERS, "ways": WAYS, "pruners": PRUNERS, "ranks": RANKS, "allocators": ALLOCATORS,
-    "adapters": ADAPTERS, "initialisers": INITIALISERS, "optimizers": OPTIMIZERS, "objectives": OBJECTIVES, "recipes": RECIPES,
-    "metrics": METRICS, "exports": EXPORTERS,
+    "passes": PASSES, "solvers": SOLVERS, "splitters": SPLITTERS, "pruners": PRUNERS, "ways": WAYS, "ranks": RANKS,
+    "allocators": ALLOCATORS, "adapters": ADAPTERS, "initialisers": INITIALISERS, "optimizers": OPTIMIZERS,
+    "objectives": OBJECTIVES, "recipes": RECIPES, "metrics": METRICS, "exports": EXPORTERS,
 }  # fmt: skip
 
 

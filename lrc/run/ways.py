@@ -91,7 +91,7 @@ def curve_of(site: Site, table: Table) -> OptionsCurve:
         "bytes": numbers([o.after.bytes - bias.bytes for o in table.options]),
         "flops": numbers([o.after.flops - bias.flops for o in table.options]),
     }
-    now: dict[Unit, float] = {unit: outline.present(unit) for unit in ("numbers", "bytes", "flops")}  # type: ignore[misc]
+    now: dict[Unit, float] = {unit: outline.present(unit) for unit in ("numbers", "bytes", "flops")}
     return OptionsCurve(
         site.fqn, tuple(o.name for o in table.options), numbers([o.loss for o in table.options]), costs, now
     )  # fmt: skip

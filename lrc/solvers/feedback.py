@@ -16,8 +16,8 @@ def with_feedback(weight: Tensor, gram: Tensor, form: NumberFormat, weights: Ten
     weight: (out_features, in_features). gram: C = E[x xᵀ] (in_features, in_features), positive definite (damped). weights: see
     `fitted_scales`, the diagonal of C without it. The error of a column is made up for by all that come later, in closed
     form; columns of large inputs come first. Scales are those of `fitted_scales` and stay. Computed in float64.
-    Source: Frantar et al. (2023), GPTQ, arXiv:2210.17323, algorithm 1, with its order by activations. Departure: scales fitted to
-    the weight before anything is rounded, so that the order of columns is free whatever the blocks are.
+    Source: Frantar et al. (2023), GPTQ, arXiv:2210.17323, algorithm 1, with its order by activations. Departure: scales are
+    fitted to the weight before anything is rounded, so that the order of columns is free whatever the blocks are.
     """
     rows, columns = weight.shape
     shape = (rows, columns)
@@ -67,4 +67,5 @@ def inverse_root(C: Tensor) -> Tensor:
     """Return the upper triangular U with UᵀU = C⁻¹, C symmetric and positive definite, float64."""
     flipped = torch.linalg.cholesky(C.flip(0, 1)).flip(0, 1)  # upper triangular, and C is this times its transpose
     unit = torch.eye(len(C), dtype=C.dtype, device=C.device)
-    return torch.linalg.solve_triangular(flipped, unit, upper=True)
+    found: Tensor = torch.linalg.solve_triangular(flipped, unit, upper=True)
+    return found

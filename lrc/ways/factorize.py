@@ -18,7 +18,9 @@ class FactorizeWay(WayOptions):
 
     type: Literal["factorize"] = "factorize"
     ranks: list[Share] = Field(
-        default=[0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8], min_length=1, description="Ranks, as shares of a weight's smaller side."
+        default=[0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8],
+        min_length=1,
+        description="Ranks, as shares of a weight's smaller side.",
     )
     forms: list[Literal["two_factor", "pivoted"]] = Field(
         default=["two_factor", "pivoted"], min_length=1, description="How a product is stored."
@@ -27,7 +29,9 @@ class FactorizeWay(WayOptions):
     def variants(self, out_features: int, in_features: int) -> Sequence["Product"]:
         """Return the ranks that make a product smaller than the weight, in every form."""
         m, n = out_features, in_features
-        made = [Product(f"{form} {r}", r, form) for form in self.forms for r in shares_of(self.ranks, min(m, n)) if r < min(m, n)]
+        made = [
+            Product(f"{form} {r}", r, form) for form in self.forms for r in shares_of(self.ranks, min(m, n)) if r < min(m, n)
+        ]
         return [v for v in made if v.rank * (m + n - (v.rank if v.form == "pivoted" else 0)) < m * n]
 
 

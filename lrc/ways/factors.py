@@ -22,7 +22,9 @@ class FactorsWay(WayOptions):
         default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8], min_length=1, description="Ranks, as shares of a weight's smaller side."
     )
     formats: list[FormatField] = Field(
-        default=[NormalFloat(bits=4), NormalFloat(bits=3), FORMATS["nf8"]], min_length=1, description="How both factors are stored."
+        default=[NormalFloat(bits=4), NormalFloat(bits=3), FORMATS["nf8"]],
+        min_length=1,
+        description="How both factors are stored.",
     )
 
     def variants(self, out_features: int, in_features: int) -> Sequence["PackedProduct"]:

@@ -13,7 +13,7 @@ from lrc.solvers.feedback import with_feedback
 from lrc.ways.base import Target, Variant, WayOptions, way
 
 LADDER: tuple[NumberFormat, ...] = (
-    *(NormalFloat(bits=bits, block=block) for bits in (2, 3, 4) for block in (32, 64)),  # type: ignore[arg-type]
+    *(NormalFloat(bits=bits, block=block) for bits in (2, 3, 4) for block in (32, 64)),
     NormalFloat(bits=8),
     *(FORMATS[name] for name in ("int4", "int8")),
 )
@@ -50,7 +50,7 @@ def quantize(target: Target, variant: Rounded) -> LinearMap:
 def packed(
     weight: Tensor, gram: Tensor, form: NumberFormat, target: Target, rounding: str = "feedback", worth: Tensor | None = None
 ) -> Quantized:
-    """Return a matrix (rows, columns) in a format, errors weighed by a Gram matrix of its inputs; worth: see `fitted_scales`."""
+    """Return a matrix in a format, errors weighed by the Gram matrix of its inputs; worth: the weights of `fitted_scales`."""
     shape = (weight.shape[0], weight.shape[1])
     encoded = form.encode(weight) if rounding == "nearest" else with_feedback(weight, gram, form, worth)
     return Quantized(encoded, shape, form, target.dtype)

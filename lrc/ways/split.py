@@ -24,7 +24,9 @@ class SplitWay(WayOptions):
         default=[0.02, 0.04, 0.08], min_length=1, description="Ranks of the product, as shares of a weight's smaller side."
     )
     formats: list[FormatField] = Field(
-        default=[NormalFloat(bits=2), NormalFloat(bits=3), NormalFloat(bits=4)], min_length=1, description="How the rest is stored."
+        default=[NormalFloat(bits=2), NormalFloat(bits=3), NormalFloat(bits=4)],
+        min_length=1,
+        description="How the rest is stored.",
     )
     factors: FormatField = Field(default=FORMATS["nf8"], description="How the factors are stored.")
     iterations: int = Field(default=2, ge=1, description="Turns of a product and a rest; the best one is taken.")
@@ -50,8 +52,8 @@ class LowRankPlusRest(Variant):
 def split(target: Target, variant: LowRankPlusRest) -> LinearMap:
     """Return B A + Q: by turns B A is the best product for W - Q, rounded, and Q is W - B A, rounded with error feedback.
 
-    Source: the turns of LQ-LoRA, Guo et al. (2024), arXiv:2311.12023. Departures: both steps in the norm of the loss, factors in
-    few bits too, error feedback (GPTQ).
+    Source: the turns of LQ-LoRA, Guo et al. (2024), arXiv:2311.12023. Departures: both steps in the norm of the loss, factors
+    in few bits too, error feedback (GPTQ).
     """
     W, norm = target.weight, target.norm
     Q = torch.zeros_like(W)

@@ -13,5 +13,6 @@ from lrc_passes.split import split
 from lrc_passes.train import TrainPass
 
 BUILTIN = (
-    AdaptPass, auto, factorize, FoldNormsPass, LoadAdapterPass, merge, quantize, ReestimateNormsPass, SlicePass, split, TrainPass,
+    AdaptPass, auto, factorize, FoldNormsPass, LoadAdapterPass, merge, quantize, ReestimateNormsPass, SlicePass, split,
+    TrainPass,
 )  # fmt: skip

@@ -35,14 +35,16 @@ from lrc.solvers import LOSS_UNIT, KfacSolver, SolverOptions
 from lrc.spec.registry import SOLVERS, WAYS, Registered, Rule
 from lrc.ways import WAYS_BY_DEFAULT, WayOptions
 
+LARGE = 2**20, 2**20  # a shape at which every option that there can be is one
+
 
 class Auto(PassOptions):
     """Choose for every weight among all other passes, under one budget."""
 
     type: Literal["auto"] = "auto"
     budget: RankField = Field(
-        description="What all targets may take together: {bytes_kept: …}, {size_mb: …} of the whole model, {latency_kept: …} or "
-        "{latency_ms: …}, measured on this device."
+        description="What all targets may take together: {bytes_kept: …}, {size_mb: …} of the whole model, {latency_kept: …} "
+        "or {latency_ms: …}, measured on this device."
     )
     ways: list[Annotated[WayOptions, Registered(WAYS)]] = Field(
         default=list(WAYS_BY_DEFAULT),
@@ -67,6 +69,10 @@ class Auto(PassOptions):
             raise ValueError("losses of different layers and options are compared in the norm of `kfac` alone")
         if self.solver.propagate != "dense":
             raise ValueError("all options are tried on the dense model's inputs; leave `propagate` out")
+        names = [variant.name for of_way in self.ways for variant in of_way.variants(*LARGE)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"`{twice[0]}` is offered twice; name every way once, with all that it may offer")
         return self
 
 
