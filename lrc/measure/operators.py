@@ -18,6 +18,7 @@ from torch import Tensor
 from lrc.maps import LinearMap, Sparse, Structure, restore
 from lrc.measure.cache import Cache, digest
 from lrc.measure.latency import Latency, joined, measure_latency, ratio_to
+from lrc.solvers.splits.support import strongest
 
 SECONDS = 1.5  # what the rounds of one table take, about
 PATIENCE = 3  # how many times as long they may take on a noisy machine
@@ -158,8 +159,9 @@ def random_map(structure: Structure, dtype: torch.dtype, device: torch.device, g
             index.copy_(torch.randperm(index.numel(), generator=generator))
         for part in made.modules():
             if isinstance(part, Sparse):  # a mask has as many ones as there are numbers
-                first = torch.arange(part.out_features * part.in_features) < part.count
-                part.support.copy_(Sparse.of(first.reshape(part.out_features, -1).float(), first).support)
+                scores = torch.rand(part.shape, generator=generator)
+                support = strongest(scores, part.kind.pattern, (part.count + 0.5) / scores.numel())
+                part.support.copy_(part.kind.encode(support)[0])
     return made.to(dtype).to(device).requires_grad_(False).eval()
 
 

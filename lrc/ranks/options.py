@@ -27,7 +27,7 @@ class OptionsCurve:
     additive: bool = True
 
     def candidates(self, unit: Unit, round_to: int = 1) -> Candidates:
-        """Return the options that take fewer bytes and cost less, beyond noise, than what stands there, and what stands there."""
+        """Return the options that take fewer bytes and cost less, beyond noise, than the site as it is, and that itself."""
         smaller = (self.costs["bytes"] < self.now["bytes"]).nonzero()[:, 0]
         below = self.present(unit) * (1 - max(NOISE, self.noise) if unit == "ms" else 1)
         offer = Offer("", smaller, self.costs[unit][smaller], self.losses[smaller])

@@ -14,7 +14,7 @@ from lrc.run.passes import Rewrite, Statistics
 from lrc.run.plan import Summary
 from lrc.run.statistics import outline_of
 from lrc.run.summary import summarize
-from lrc.solvers import Decomposition, second_order
+from lrc.solvers import Decomposition
 from lrc.spec.registry import SOLVERS, WAYS
 from lrc.ways import Target, find
 
@@ -57,8 +57,7 @@ def target_of(site: Site, statistics: Statistics, options: Any, generator: torch
     solver = options.solver.at(site.kind)
     terms = SOLVERS.for_options(solver)(weight, bias, statistics.moments, min(weight.shape), solver, generator)
     assert isinstance(terms, Decomposition)
-    outputs, inputs = second_order(bias, statistics.moments, solver)
-    return Target(terms, outputs, inputs, site.dtype)
+    return Target(terms, site.dtype)
 
 
 def tried(site: Site, statistics: Statistics, options: Any, generator: torch.Generator) -> Table:

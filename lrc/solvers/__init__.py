@@ -13,7 +13,7 @@ from lrc.solvers.fisher import FisherOptions
 from lrc.solvers.gram import GramSolver, gram
 from lrc.solvers.groups import Grouping, GroupOptions, GroupTerms, Member, Part, Places, SolveGroup, WeightGroup
 from lrc.solvers.inputs import InputsOptions, propagated_target
-from lrc.solvers.kfac import KfacSolver, kfac, second_order
+from lrc.solvers.kfac import KfacSolver, kfac
 from lrc.solvers.ladder import Root, root
 from lrc.solvers.modular import ModularSolver, modular
 from lrc.solvers.nmf import NmfSolver, SnmfSolver, nmf, snmf
@@ -87,7 +87,6 @@ __all__ = [
     "random_init",
     "randomized",
     "root",
-    "second_order",
     "snmf",
     "solve_blocks",
     "solver",

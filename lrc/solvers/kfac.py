@@ -12,7 +12,7 @@ from lrc.solvers.base import LOSS_UNIT, Decomposition, Moments, Need, solver
 from lrc.solvers.checks import check
 from lrc.solvers.fisher import FocusOptions, focused
 from lrc.solvers.inputs import InputsOptions, centers, input_moment, propagated_target
-from lrc.solvers.ladder import root, symmetric
+from lrc.solvers.ladder import root
 from lrc.solvers.modular import ModularSolver
 from lrc.solvers.terms import ordered_terms, storage_dtype
 from lrc.solvers.whitened import with_bias
@@ -93,18 +93,6 @@ def kfac(
     scale = 0.5 * L.weight * K.weight
     terms = replace(terms, scale=scale, unit=LOSS_UNIT, notes=notes + K.notes)
     return with_bias(terms, weight, bias, moments, center)
-
-
-def second_order(bias: Tensor | None, moments: Moments, options: KfacSolver) -> tuple[Tensor, Tensor]:
-    """Return G and C of 1/2 tr(G dW C dWᵀ) as they were measured, without damping, float64.
-
-    Damping keeps a fit from directions that few samples happen not to see; what an error costs on the samples needs none.
-    Raises SolverError on missing statistics.
-    """
-    if moments.fisher is None:
-        raise SolverError("moments.fisher", expected="the second moment of the output gradients", got="none")
-    options = options.settled(logits=True)
-    return symmetric(moments.fisher), input_moment(focused(moments, float(options.focus)), centers(options, bias))
 
 
 def growth(terms: Decomposition, weight: Tensor) -> float:

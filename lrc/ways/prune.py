@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from lrc.maps import LinearMap, Sparse
-from lrc.solvers.splits.support import Pattern, density_of, strongest
+from lrc.solvers.splits.support import Pattern, density_of, stored_as, strongest
 from lrc.ways.base import Target, Variant, WayOptions, way
 from lrc.ways.factorize import Share
 
@@ -40,4 +40,5 @@ def prune(target: Target, variant: Pruned) -> LinearMap:
     Source: Sun et al. (2024), Wanda, arXiv:2306.11695.
     """
     scores = target.weight.abs() * target.gram.diagonal().clamp(min=0).sqrt()
-    return Sparse.of(target.weight.to(target.dtype), strongest(scores, variant.pattern, variant.density))
+    support = strongest(scores, variant.pattern, variant.density)
+    return Sparse.of(target.weight.to(target.dtype), support, pattern=stored_as(variant.pattern))

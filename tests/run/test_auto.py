@@ -117,7 +117,7 @@ def test_the_predicted_loss_of_a_linear_model_is_the_measured_one() -> None:
         done = lrc.compile(
             model,
             {"version": 1, "passes": [{"type": "auto", "ways": [ways], "budget": {"bytes_kept": 0.6},
-                                       "solver": {"type": "kfac", "focus": 0.0}}]},
+                                       "solver": {"type": "kfac", "focus": 0.0, "damping_in": 0.0, "damping_out": 0.0}}]},
             inputs={"input": x[:4]}, calibration=[{"input": x}], cache="cache",
         )  # fmt: skip
         (d,) = done.plan.decisions
@@ -157,7 +157,8 @@ def test_times_are_measured_of_every_kind_of_option(compiled: Compile) -> None:
     assert all(d.latency and d.latency[1] <= d.latency[0] for d in plan.decisions if d.name != "conv")
 
 
-def test_what_was_chosen_is_saved_and_loaded(compiled: Compile, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("checked_here")
+def test_what_was_chosen_is_saved_and_loaded(compiled: Compile) -> None:
     done = compiled(budget={"bytes_kept": 0.08})
     done.save("out")
     loaded = lrc.load("out")(x=inputs())

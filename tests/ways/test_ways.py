@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrc.maps import LinearMap, restore
-from lrc.solvers import KfacSolver, Moments, kfac, second_order
+from lrc.solvers import KfacSolver, Moments, kfac
 from lrc.spec.registry import WAYS
 from lrc.ways import WAYS_BY_DEFAULT, FactorizeWay, Target, Variant, WayOptions, find
 
@@ -27,7 +27,7 @@ def target(rows: int = SHAPE[0], columns: int = SHAPE[1], *, bias: bool = True, 
     offset = torch.randn(rows, generator=generator) if bias else None
     solver = solver.settled(logits=False).at("linear")
     terms = kfac(weight, offset, seen, min(rows, columns), solver, generator)
-    return Target(terms, *second_order(offset, seen, solver), torch.float32)
+    return Target(terms, torch.float32)
 
 
 def offered() -> list[tuple[WayOptions, Variant]]:
@@ -64,7 +64,7 @@ def test_an_option_is_a_map_that_is_stored_as_its_structure_says(kind: type[WayO
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_loss_is_that_of_the_error_on_the_samples(bias: bool) -> None:
-    of, seen = target(bias=bias, focus=0.0), moments(*SHAPE)
+    of, seen = target(bias=bias, focus=0.0, damping_in=0.0, damping_out=0.0), moments(*SHAPE)
     found = of.finished(made(*offered()[-1], of))
     weight, offset = found.exact()
     error = weight - of.weight
@@ -94,7 +94,7 @@ def test_losses_are_in_one_unit() -> None:
         assert seen.fisher is not None
         scaled = Moments(gram=seen.gram, mean=seen.mean, fisher=factor**2 * seen.fisher, tokens=400)
         terms = kfac(weight, None, scaled, 48, solver, generator)
-        of = Target(terms, *second_order(None, scaled, solver), torch.float32)
+        of = Target(terms, torch.float32)
         found.append(torch.tensor([of.loss(made(w, v, of).exact().weight) for w, v in offered()[::4]]))
     torch.testing.assert_close(found[1], 100 * found[0], rtol=1e-3, atol=0)
 
