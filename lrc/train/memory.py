@@ -74,7 +74,8 @@ def predicted(student: nn.Module, trained: Iterable[Tensor], run: Callable[[nn.M
             if freed and value.requires_grad:
                 value.register_post_accumulate_grad_hook(_drop)
         twin = copy.deepcopy(student, memo)
-        with Watch() as watch:
+        watch = Watch()
+        with watch:
             run(twin).backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
     return watch.peak
 
