@@ -60,7 +60,7 @@ class Segments(OwnDtypes):
         """Apply to (..., in_features), or to (batch, in_channels, *sizes)."""
         basis = self.computed("basis")
         if self.geometry is None:
-            y = F.linear(x.unflatten(-1, (self.count, -1)), basis).flatten(-2)
+            y = F.linear(torch.unflatten(x, -1, (self.count, -1)), basis).flatten(-2)
             return y if self.bias is None else y + self.bias
         kernel = basis.reshape(self.d, -1, *self.sizes).repeat(self.count, 1, *(1,) * len(self.sizes))
         return replace(self.geometry, groups=self.count)(x, kernel, self.bias)
@@ -78,7 +78,8 @@ class Segments(OwnDtypes):
         return self._repeated(self.computed("basis"))
 
     def _repeated(self, basis: Tensor) -> Tensor:
-        return torch.block_diag(*[basis] * self.count)  # type: ignore[no-untyped-call]  # torch has no annotation here
+        made: Tensor = torch.block_diag(*[basis] * self.count)  # type: ignore[no-untyped-call]  # torch has no annotation here
+        return made
 
     def cost(self, tokens: int = 1) -> Cost:
         """Return the d m numbers of the basis, and 2 d m FLOPs a segment for every row or output position."""

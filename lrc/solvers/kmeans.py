@@ -58,7 +58,7 @@ def spread_out(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 def nearest(rows: Tensor, codewords: Tensor) -> Tensor:
     """Return the place of the nearest codeword of every row, (n,), int64; of equally near ones the first."""
-    return torch.cat([distances(part, codewords).argmin(1) for part in rows.split(ROWS)])
+    return torch.cat([distances(part, codewords).argmin(1) for part in torch.split(rows, ROWS)])
 
 
 def distances(rows: Tensor, codewords: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ def softly(rows: Tensor, codewords: Tensor, tau: float, iterations: int, metric:
 
     E = codewords
     for _ in range(iterations):
-        found = [checkpoint(gathered, part, E, use_reentrant=False) for part in rows.split(ROWS)]
+        found = [checkpoint(gathered, part, E, use_reentrant=False) for part in torch.split(rows, ROWS)]
         sums, mass = (torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
         known = (mass > torch.finfo(rows.dtype).eps)[:, None]  # a codeword that no row is near stays
         E = torch.where(known, sums / torch.where(known, mass[:, None], torch.ones_like(mass)[:, None]), E)
-    return E, torch.cat([checkpoint(made_of, part, E, use_reentrant=False) for part in rows.split(ROWS)])
+    return E, torch.cat([checkpoint(made_of, part, E, use_reentrant=False) for part in torch.split(rows, ROWS)])

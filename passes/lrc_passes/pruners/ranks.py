@@ -79,7 +79,7 @@ class Components:
     """A product as components in the order in which they stay, the first one longest.
 
     B: (out_features, k), A: (k, in_features), gate: (k,) or None, all float64. losses: squared error of the site's weight with
-    the first r of them, r = 0 … k. least: how many may go without a trace, from the end.
+    the first r of them, r = 0 … k. zeros: gates at zero, whose components go without a trace.
     """
 
     chain: Chain
@@ -139,7 +139,8 @@ def components(made: LinearMap, criterion: str) -> Components | Keep:
     if criterion == "gates" and not (middle and isinstance(middle[0], Gate)):
         return Keep(f"no gate in {made!r}")
     B, A = slot_exact(outer).weight, slot_exact(inner).weight
-    gate = middle[0].diagonal.detach().double() if middle else None  # type: ignore[union-attr]  # a diagonal
+    between = middle[0] if middle else None
+    gate = between.diagonal.detach().double() if isinstance(between, Diagonal) else None
     if criterion == "singular":
         left, right = torch.linalg.qr(B if gate is None else B * gate), torch.linalg.qr(A.T)
         U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
@@ -249,6 +250,6 @@ def put_in(made: LinearMap, old: Chain, new: Chain) -> LinearMap:
     parts = [put_in(slot, old, new) if isinstance(slot, LinearMap) else slot for slot in made.slots]
     if all(part is slot for part, slot in zip(parts, made.slots, strict=True)):
         return made
-    smaller = rebuilt(made, parts)  # type: ignore[arg-type]  # slots
+    smaller = rebuilt(made, parts)
     without = drop_empty_terms(smaller)
     return smaller if without is None else (unwrap_single(without) or without)
