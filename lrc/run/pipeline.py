@@ -70,7 +70,8 @@ def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, sessio
     """Return the predicted peak of memory in bytes, beside the interpreter and its libraries.
 
     The weights once, as they were (the rewritten ones take the place of the old), the float64 moments of all sites of the
-    pass that needs most (inputs that sites share once), and for every worker eight float64 matrices of the largest weight.
+    pass that needs most (inputs that sites share once), and for every worker eight float64 matrices of the largest weight; or
+    what a training step takes, where that is more.
     """
     most = 0
     for index, options in enumerate(passes):
@@ -81,7 +82,7 @@ def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, sessio
         fishers += sum(site.out_features * site.in_features for site in sites) if Need.WEIGHT_FISHER in needs else 0
         largest = max((site.out_features * site.in_features for site in sites), default=0)
         most = max(most, 8 * (sum(grams.values()) + fishers) + 64 * session.workers * largest)
-    return plan.bytes[0] + most
+    return max(plan.bytes[0] + most, *session.step_memory.values(), 0)
 
 
 def gram_numbers(site: Site) -> int:
