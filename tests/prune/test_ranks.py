@@ -12,6 +12,7 @@ import lrc
 from lrc.errors import SpecError
 from lrc.maps import Chain, Conv, Dense, Gate, Geometry, LinearMap, Lookup, Scale, Sum, frozen_base
 from lrc.program import Program
+from lrc.run import Keep
 
 X = torch.randn(5, 24, generator=torch.Generator().manual_seed(9))
 
@@ -32,6 +33,11 @@ def program_of(*maps: LinearMap) -> Program:
     for fqn, made in zip(list(program.sites), maps, strict=True):
         program.replace(fqn, made, "factorize")
     return program
+
+
+def assert_unchanged(found: Tensor, exact: Tensor) -> None:
+    """Outputs are the same to 1e-6 of the largest."""
+    assert float((found - exact).abs().max().detach()) <= 1e-6 * float(exact.abs().max().detach())
 
 
 def pruned(program: Program, *more: Any, **method: Any) -> lrc.Compiled:
@@ -55,19 +61,19 @@ def test_gates_at_zero_go_without_a_trace_and_merging_afterwards_changes_nothing
     assert decision.rank == 3
     assert decision.notes == ("3 of 5 components stay: error 0.00% of the product",)
     assert decision.after.bytes == decision.before.bytes - 2 * (16 + 24 + 1) * 4
-    torch.testing.assert_close(done.module(X), exact, atol=1e-6, rtol=1e-6)
+    assert_unchanged(done.module(X), exact)
     merged = pruned(program_of(made), {"type": "merge"})
-    torch.testing.assert_close(merged.module(X), exact, atol=2e-6, rtol=1e-6)
+    assert_unchanged(merged.module(X), exact)
     assert repr(merged.program.sites["0"].map).startswith("Dense[16,24]")
-    trained = [name for name, p in done.program.sites["0"].map.named_parameters() if p.requires_grad]
-    assert trained == ["bias", "adapter.inner.B", "adapter.inner.R.diagonal", "adapter.inner.A"]
+    trained = {name for name, p in done.program.sites["0"].map.named_parameters() if p.requires_grad}
+    assert trained == {"bias", "adapter.inner.B", "adapter.inner.R.diagonal", "adapter.inner.A"}
 
 
 def test_a_branch_whose_gates_are_all_closed_leaves_the_frozen_weight() -> None:
     made = gated([0.0, 0.0])
     done = pruned(program_of(made))
     assert repr(done.program.sites["0"].map) == "Dense[16,24]"
-    torch.testing.assert_close(done.module(X), made(X).detach(), atol=1e-6, rtol=1e-6)
+    assert_unchanged(done.module(X), made(X))
 
 
 def test_the_smallest_gates_go_and_one_stays_where_nothing_else_stands() -> None:
@@ -137,8 +143,8 @@ def test_kernels_and_tables_lose_components_too() -> None:
     table = Chain(randn(6, 4, seed=1), Gate(torch.tensor([1.0, 0.0, 2.0, 0.0])), Lookup(randn(10, 4, seed=2)))
     for made, x in ((kernel, randn(2, 3, 5, 5)), (table, torch.arange(10))):
         found = components(made, "gates")
-        assert not isinstance(found, lrc.run.Keep)  # type: ignore[attr-defined]  # a package
-        torch.testing.assert_close(found.first(2)(x), made(x), atol=1e-6, rtol=1e-6)
+        assert not isinstance(found, Keep)
+        assert_unchanged(found.first(2)(x), made(x))
 
 
 @pytest.mark.parametrize(("made", "method", "reason"), [

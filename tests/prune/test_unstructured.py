@@ -69,9 +69,9 @@ def test_exactly_as_many_entries_stay_as_were_asked_for_and_the_model_is_the_mas
         )
         assert decision.after.bytes == sum(t.nbytes for t in made.state_dict().values())
     exact = masked(found)(inputs()).detach()
-    torch.testing.assert_close(done.module(inputs()), exact, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(done.module(inputs()).detach(), exact, atol=1e-6, rtol=1e-5)
     for merge in ({"type": "merge"}, {"type": "merge", "dense": True}):
-        torch.testing.assert_close(pruned(merge, **method).module(inputs()), exact, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(pruned(merge, **method).module(inputs()).detach(), exact, atol=1e-6, rtol=1e-5)
 
 
 def test_magnitude_keeps_the_largest_and_wanda_what_its_inputs_make_large() -> None:
@@ -85,7 +85,8 @@ def test_magnitude_keeps_the_largest_and_wanda_what_its_inputs_make_large() -> N
             assert torch.equal(found, torch.zeros_like(found).scatter(1, kept, True))
     exact = model(x)
     errors = [
-        float((pruned(density=0.25, criterion=criterion).module(x) - exact).norm()) for criterion in ("wanda", "magnitude")
+        float((pruned(density=0.25, criterion=criterion).module(x) - exact).norm().detach())
+        for criterion in ("wanda", "magnitude")
     ]
     assert errors[0] < errors[1]
 
