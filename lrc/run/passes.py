@@ -125,9 +125,9 @@ class RankedOptions(PassOptions):
 
 
 def needs_of(options: PassOptions) -> frozenset[Need]:
-    """Return the statistics that a pass needs, those of its solver among them."""
-    solver = getattr(options, "solver", None)
-    return frozenset(options.needs | (solver.needs if solver is not None else frozenset()))
+    """Return the statistics that a pass needs, those of its solver or method among them."""
+    parts = (getattr(options, name, None) for name in ("solver", "method"))
+    return options.needs.union(*(getattr(part, "needs", frozenset()) for part in parts))
 
 
 @dataclass(frozen=True)

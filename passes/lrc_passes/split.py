@@ -1,6 +1,6 @@
 """split: a dense weight becomes a low-rank product plus a rest that is cheap to store.
 
-W  ->  Sum(Chain(B, A), Sparse)       a fixed support: the numbers and one bit an entry
+W  ->  Sum(Chain(B, A), Sparse)       a fixed support: the numbers, and where they stand
 W  ->  Sum(Chain(B, A), Quantized)    packed codes and their scales
 """
 
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from lrc.errors import UsageError
 from lrc.formats import NumberFormat
-from lrc.maps import Chain, LinearMap, Quantized, Rows, Sparse, Sum
+from lrc.maps import Chain, LinearMap, Quantized, Rows, Scale, Sparse, SparseLowRank, Sum
 from lrc.program import Program, Site
 from lrc.ranks import FixedRank, ParamsKept, RankField
 from lrc.ranks.knapsack import cheapest_choice
@@ -23,7 +23,7 @@ from lrc.run.solved_pass import SolvedPass, solved_pass
 from lrc.solvers.splits import LqSplitter, QuantizedOptions, SparseOptions, SplitterOptions
 from lrc.solvers.splits import Split as SplitParts
 from lrc.solvers.splits.bits import BitsBudget
-from lrc.solvers.splits.support import density_of
+from lrc.solvers.splits.support import density_of, stored_as
 from lrc.spec.registry import SPLITTERS, Registered
 
 
@@ -163,12 +163,21 @@ def split(site: Site, statistics: Statistics, options: Split, generator: torch.G
     rest = rest_of(found, options.solver)
     made: LinearMap
     if found.A.shape[0]:
-        made = Sum(Chain(found.B, found.A), rest, names=("low_rank", "rest"), bias=bias)
+        kind = SparseLowRank if isinstance(rest, Sparse) else Sum
+        made = kind(product_of(found), rest, names=("low_rank", "rest"), bias=bias)
     else:
         made = rest.with_bias(None if bias is None else torch.nn.Parameter(bias))
     if made.cost().bytes >= site.map.cost().bytes:
         return Keep(f"the split needs no fewer bytes: {made.cost().bytes}, the dense weight {site.map.cost().bytes}")
-    return Rewrite(made, (f"relative error {found.error:.2%} in the splitter's norm", *found.notes))
+    error = () if found.error is None else (f"relative error {found.error:.2%} in the splitter's norm",)
+    runs = (rest.runs,) if isinstance(rest, Sparse) else ()
+    return Rewrite(made, (*error, *found.notes, *runs))
+
+
+def product_of(found: SplitParts) -> LinearMap:
+    """Return the product as a map, behind its constant where there is one."""
+    product = Chain(found.B, found.A)
+    return product if found.scaling == 1.0 else Scale(product, found.scaling)
 
 
 def parts(site: Site, statistics: Statistics, options: Split, generator: torch.Generator) -> SplitParts | Keep:
@@ -191,5 +200,6 @@ def rest_of(found: SplitParts, solver: SplitterOptions) -> LinearMap:
     if isinstance(solver, QuantizedOptions):
         assert found.encoded is not None, "a quantised rest is stored encoded"
         return Quantized(found.encoded, (found.rest.shape[0], found.rest.shape[1]), solver.format, found.rest.dtype)
+    assert isinstance(solver, SparseOptions), "a splitter has one or the other rest"
     assert found.support is not None, "a sparse rest has a support"
-    return Sparse.of(found.rest, found.support)
+    return Sparse.of(found.rest, found.support, pattern=stored_as(solver.pattern))
