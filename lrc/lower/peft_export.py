@@ -215,8 +215,13 @@ def verify(program: Program, read: PeftFolder) -> None:
         size = float(ours.abs().max()) + sum(largest(branch) for branch in made.modules() if isinstance(branch, Scale))
         if float((ours - theirs).abs().max()) > 64 * torch.finfo(program.sites[fqn].dtype).eps * size:
             raise LowerError(fqn, message="the adapter as written stands for another weight than the program's")
-        if (bias is None) != (read_bias is None) or (bias is not None and not torch.allclose(bias, read_bias)):
+        if not same_bias(bias, read_bias):
             raise LowerError(fqn, message="the adapter as written stands for another bias than the program's")
+
+
+def same_bias(a: Tensor | None, b: Tensor | None) -> bool:
+    """Say whether two biases, float64, are the same to the rounding of single precision."""
+    return a is b if a is None or b is None else torch.allclose(a, b)
 
 
 def largest(branch: Scale) -> float:
