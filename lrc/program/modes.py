@@ -25,6 +25,10 @@ TRAINING = {  # the place of the argument that says `training`
     aten.alpha_dropout.default: 2,
     aten.feature_alpha_dropout.default: 2,
     aten.batch_norm.default: 5,
+    aten.lstm.input: 6,
+    aten.gru.input: 6,
+    aten.rnn_tanh.input: 6,
+    aten.rnn_relu.input: 6,
 }
 RUNNING = slice(3, 5)  # of batch_norm's arguments: the running mean and variance
 DROPOUT_P = 4  # of scaled_dot_product_attention's arguments
