@@ -30,6 +30,7 @@ from lrc.measure.taps import (
     traced_masks,
 )
 from lrc.program import Program
+from lrc.program.loops import write_out
 from lrc.program.readout import readout
 from lrc.solvers import Moments, Need
 
@@ -70,6 +71,7 @@ def collect(
     found = {} if cache is None else load_moments(cache, key, program, wanted)
     missing = [fqn for fqn in wanted if fqn not in found]
     if missing:
+        write_out(program, missing)
         walk = Walk(program, missing, needs, by_block=by_block)
         for done, batch in enumerate(batches):
             if progress is not None:
@@ -159,7 +161,8 @@ class Walk(fx.Interpreter):
             if key in self.inputs:
                 for piece in self._pieces(tap, value if n is tap.reads else self.read[tap.reads]):
                     add_piece(self.inputs[key], piece)
-            self.samples.see(n, value, self.mask_of(tap, n, value))
+            if n is tap.reads:
+                self.samples.see(tap, value, self.mask_of(tap, n, value))
         if self.backward:
             self.seen[n] = value.clone() if self.in_place else value
 
