@@ -179,7 +179,7 @@ class Sharded(Alone):
         """Give the program all values for good; every process calls it."""
         for name, p in self.parameters.items():
             assert isinstance(p, DTensor), "every trained parameter is sharded"
-            self.plain[name].data = p.detach().full_tensor()
+            self.plain[name].data = p.full_tensor().detach()
 
     def whole(self, tree: Any) -> Any:
         """Return a tree with whole tensors in place of shares; every process calls it."""
