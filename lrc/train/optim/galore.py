@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from lrc.spec.patterns import Candidate, select
 from lrc.train.optim.adam import Adam, Params
 from lrc.train.optim.base import OptimizerOptions, Trained, optimizer
 from lrc.train.optim.projection import SIDES, ProjType, basis, down, side_of, up
+from lrc.train.optim.quantized import moment_bytes
 
 
 class GaLore(Adam):
@@ -80,6 +82,16 @@ class GaLoreOptions(OptimizerOptions):
     def arguments(self) -> dict[str, Any]:
         """Return the options without the patterns, which say what the groups are."""
         return self.model_dump(exclude={"type", "ignore"})
+
+    def state_bytes(self, shape: torch.Size, itemsize: int) -> int:
+        """Return the bytes of the subspace and of the moments inside it."""
+        if len(shape) < 2:
+            return 2 * moment_bytes(shape.numel(), itemsize, self.state_bits)
+        m, n = shape[0], shape.numel() // shape[0]
+        rank, side = min(self.rank, m, n), side_of(m, n, self.proj_type)
+        inside = {"left": rank * n, "right": m * rank, "full": rank * rank}[side]
+        bases = (m * rank if side != "right" else 0) + (rank * n if side != "left" else 0)
+        return bases * itemsize + 2 * moment_bytes(inside, itemsize, self.state_bits)
 
 
 @optimizer(GaLoreOptions)
