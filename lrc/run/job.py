@@ -143,10 +143,10 @@ def verify_step(output: OutputFolder, job: Job, record: Record, original: Progra
     for name, made in record.artifacts.items():
         if not made["opens"]:  # it is no model by itself, and was checked when it was written
             continue
-        artifact = Artifact(name, output.staging / made["artifact"], made["opens"])
+        artifact = Artifact(name, output.staging / made["artifact"], made["opens"], made.get("rounding", 0.0))
         pairs.append((artifact, cases_of(job.program, dynamic=not made["static"], cached=made["cached"])))
     job.session.progress("verify", 0, 1)
-    record.parity = [row.row() for row in check(pairs, Numerics.of(job.program.tensors()))]
+    record.parity = [row.row() for row in check(pairs, Numerics.of_program(job.program))]
     job.session.progress("verify", 1, 1)
 
 
