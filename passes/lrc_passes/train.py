@@ -35,7 +35,7 @@ from lrc.train.loop import Loop, Settings
 from lrc.train.objectives import ObjectiveOptions
 from lrc.train.optim import OptimizerOptions, PerLayer, Trained
 from lrc.train.optim.adamw import AdamWOptions
-from lrc.train.recipes import Context, Recipe, RecipeOptions
+from lrc.train.recipes import Context, Own, Recipe, RecipeOptions
 from lrc.train.schedule import Schedule, ScheduleField
 from lrc.train.select import Which, as_trained, trained_names
 from lrc_passes.train_memory import measured, predict
@@ -124,7 +124,8 @@ class Train(PassOptions):
             given = self.validation.data or self.validation.metric
             dataset = getattr(given, "dataset", None)
             found |= {"validation": dataset} if dataset else {}
-        return found
+        others = getattr(self.recipe, "data", None)
+        return found if others is None else found | {"recipe": others.dataset}
 
 
 @program_pass(Train)
@@ -173,7 +174,10 @@ class TrainPass:
             runs, parameters = replace(runs, student=parallel.student), parallel.parameters
             parallel.losses = runs.loss
         optimizer = optimizer_of(options, as_trained(parameters, runs.gates))
-        recipe = recipe_of(options, runs, parameters, optimizer, settings, examples)
+        basis = Own(
+            runs.student, runs.loss, examples, options.batch_size, lambda data: examples_of(program, session, options, data)
+        )
+        recipe = recipe_of(options, runs, parameters, optimizer, settings, basis)
         loop = Loop(
             module=runs.student, parameters=parameters, buffers={n: program.tensors()[n] for n in sorted(statistics)},
             examples=examples, losses=runs.loss, optimizer=optimizer, settings=settings,
@@ -213,14 +217,14 @@ def optimizer_of(options: Train, trained: Trained) -> Optimizer:
 
 
 def recipe_of(
-    options: Train, runs: Runs, parameters: Mapping[str, Tensor], optimizer: Optimizer, settings: Settings, examples: Examples
+    options: Train, runs: Runs, parameters: Mapping[str, Tensor], optimizer: Optimizer, settings: Settings, own: Own
 ) -> Recipe:
     """Return the recipe, or one that does nothing."""
     if options.recipe is None:
         return Recipe()
-    batches = len(examples.epoch(options.batch_size, options.seed, 0))
+    batches = len(own.examples.epoch(options.batch_size, options.seed, 0))
     steps = max(1, batches // options.accumulate)
-    about = Context(runs.program, runs.fqns, parameters, runs.gates, optimizer, settings.steps, steps, options.seed)
+    about = Context(runs.program, runs.fqns, parameters, runs.gates, optimizer, settings.steps, steps, options.seed, own)
     made: Recipe = RECIPES.for_options(options.recipe)(about, options.recipe)
     return made
 

@@ -1,6 +1,6 @@
 """What an optimiser of the spec is given, and how one is registered."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -46,16 +46,22 @@ class Trained:
     pairs: tuple[tuple[str, str], ...] = field(default=())
 
     def groups(
-        self, *, matrices: Mapping[str, Any] | None = None, gates: Mapping[str, Any] | None = None
+        self,
+        *,
+        matrices: Mapping[str, Any] | None = None,
+        gates: Mapping[str, Any] | None = None,
+        plain: Collection[str] = (),
     ) -> list[dict[str, Any]]:
         """Return parameter groups for `torch.optim`: matrices with their options, vectors, and gates with theirs.
 
-        Vectors (biases, norms) and gates do not decay; a group without parameters is left out.
+        plain: names of matrices that go without the options. Vectors (biases, norms) and gates do not decay; a group without
+        parameters is left out.
         """
-        kinds: dict[str, list[Tensor]] = {"matrices": [], "vectors": [], "gates": []}
+        kinds: dict[str, list[Tensor]] = {"matrices": [], "plain": [], "vectors": [], "gates": []}
         for name, value in self.parameters.items():
-            kinds["gates" if name in self.gates else "matrices" if value.ndim > 1 else "vectors"].append(value)
-        options = {"matrices": dict(matrices or {}), "vectors": {"weight_decay": 0.0}}
+            of_matrix = "plain" if name in plain else "matrices"
+            kinds["gates" if name in self.gates else of_matrix if value.ndim > 1 else "vectors"].append(value)
+        options = {"matrices": dict(matrices or {}), "plain": {}, "vectors": {"weight_decay": 0.0}}
         options["gates"] = {"weight_decay": 0.0, **(gates or {})}
         return [{"params": kinds[kind], **options[kind]} for kind in kinds if kinds[kind]]
 
