@@ -24,6 +24,7 @@ from lrc.maps.base import (
     slot_structure,
     slot_weight,
 )
+from lrc.maps.fused import chain_by_kernel, sum_by_kernel
 
 
 class Composite(InParts):
@@ -106,6 +107,9 @@ class Chain(Composite):
 
     def forward(self, x: Tensor, *inputs: Any, **context: Any) -> Tensor:
         """Apply to (..., in_features). inputs: what the map that is applied first takes beside x (the offsets of bags)."""
+        found = None if inputs or context else chain_by_kernel(self.slots, x, self.bias)
+        if found is not None:
+            return found
         first, *rest = self.slots
         for slot in reversed(rest):
             x, inputs = apply_slot(slot, x, None, context, inputs=inputs), ()
@@ -159,6 +163,9 @@ class Sum(Composite):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
+        found = None if context else sum_by_kernel(self.slots, x, self.bias)
+        if found is not None:
+            return found
         first, *rest = self.slots
         y = apply_slot(first, x, self.bias, context, self.spatial)
         for slot in rest:
