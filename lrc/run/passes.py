@@ -130,7 +130,7 @@ class RankedOptions(PassOptions):
         return self
 
     def _codes_have_no_product(self, solver: CodedOptions) -> None:
-        if self.form != "auto" or self.tied == "joint" or self.round_to > 1:
+        if self.form != "auto" or self.tied == "joint" or self.round_to not in (1, "auto"):
             raise ValueError(f"the solver `{solver.type}` makes no product; leave `form`, `round_to` and `tied: joint` out")
         if isinstance(self.rank, BreakevenRank) or (isinstance(self.rank, FixedRank) and self.rank.rank > solver.m):
             raise ValueError(
