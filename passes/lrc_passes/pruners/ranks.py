@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lrc.maps import Chain, Composite, Diagonal, Gate, LinearMap, Scale, rebuilt
+from lrc.maps import Chain, Composite, Conv, Diagonal, Gate, LinearMap, Scale, rebuilt
 from lrc.maps.base import Slot, slot_exact
 from lrc.maps.drop import drop_empty_terms, holds_numbers, inner_bias
 from lrc.maps.fold import alike, pointwise
@@ -112,7 +112,11 @@ def like(slot: Slot, weight: Tensor) -> Tensor | LinearMap:
     """Return other numbers as the matrix, kernel or table that a slot is, trained where it is."""
     if not isinstance(slot, LinearMap):
         return nn.Parameter(weight.to(slot.dtype).contiguous(), requires_grad=slot.requires_grad)
-    made = alike(slot, weight.to(slot.dtype).contiguous(), None)
+    weight = weight.to(slot.dtype).contiguous()
+    if isinstance(slot, Conv):  # which may have fewer channels to read
+        made: LinearMap = Conv(weight.reshape(len(weight), -1, *slot.weight.shape[2:]), slot.geometry)
+    else:
+        made = alike(slot, weight, None)
     return made.requires_grad_(any(p.requires_grad for p in slot.parameters()))
 
 
