@@ -1,6 +1,6 @@
 """Maps made of maps: `Chain` (product), `Sum`, `Scale`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -115,6 +115,16 @@ class Chain(Composite):
             x, inputs = apply_slot(slot, x, None, context, inputs=inputs), ()
         return apply_slot(first, x, self.bias, context, self.spatial, inputs)
 
+    def scaled(self, x: Tensor, scale: float, context: Mapping[str, Any]) -> Tensor:
+        """Return `scale` times what the map gives: in front of the outermost matrix, whose input is the narrower one."""
+        first, *rest = self.slots
+        if isinstance(first, LinearMap) or self.bias is not None or not rest:
+            y: Tensor = self(x, **context)
+            return scale * y
+        for slot in reversed(rest):
+            x = apply_slot(slot, x, None, context)
+        return apply_slot(first, scale * x, None, context)
+
     def exact(self) -> Affine:
         """Return the product and the bias in float64."""
         *others, (weight, bias) = self.exact_parts()
@@ -198,7 +208,14 @@ class Scale(Composite):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
-        return self.plus(self.scale * apply_slot(self.slots[0], x, None, context), self.bias)
+        inner = self.slots[0]
+        if self.scale == 1.0:
+            y = apply_slot(inner, x, None, context)
+        elif isinstance(inner, Chain):
+            y = inner.scaled(x, self.scale, context)
+        else:
+            y = self.scale * apply_slot(inner, x, None, context)
+        return self.plus(y, self.bias)
 
     def matrix(self) -> Tensor:
         """Return the scaled weight."""

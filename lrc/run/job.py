@@ -24,6 +24,7 @@ from lrc.run.session import Session
 from lrc.spec.document import Document
 from lrc.spec.load import to_yaml
 from lrc.spec.registry import EXPORTERS
+from lrc.train.distributed import world
 from lrc.verify.decoding import cases_of
 from lrc.verify.evaluate import evaluate, judge
 from lrc.verify.parity import Artifact, check
@@ -91,8 +92,11 @@ def compile_to(path: Path, job: Job, *, overwrite: bool = False, resume: bool = 
     """Run the job and leave a finished folder at `path`; what a killed run had finished is taken over.
 
     Checks that fail do not lose the result: it is published with what went wrong in its manifest, and the error is raised
-    by the caller from `record.failures`.
+    by the caller from `record.failures`. Of several processes the first one writes; the others run the passes with it.
     """
+    if not world().first:
+        plan = job.plan or run_passes(job.program, job.document.passes, job.session)
+        return Record(plan=plan, model=model_name(job.program)), path
     output = OutputFolder(path, job.key(), overwrite=overwrite, resume=resume)
     with output:
         record = Record(plan=job.plan or Plan(()), model=model_name(job.program))

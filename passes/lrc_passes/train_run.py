@@ -17,6 +17,7 @@ from lrc.run import Session
 from lrc.spec.registry import METRICS, OBJECTIVES
 from lrc.train.blocks import in_blocks
 from lrc.train.data import Examples, TrainData, load_examples, of_batches
+from lrc.train.distributed import world
 from lrc.train.loop import Validation
 from lrc.train.objectives import Step
 from lrc.train.taps import tapped
@@ -60,8 +61,8 @@ class Runs:
         ]
         notes = made.notes
         student: nn.Module = graph
-        if options.checkpointing:
-            student = blocks = in_blocks(program, graph, recompute=True)
+        if options.checkpointing or (options.distributed == "fsdp2" and world().size > 1):
+            student = blocks = in_blocks(program, graph, recompute=options.checkpointing)
             notes += tuple(blocks.notes)
         return cls(student, judged, teacher, program, options, session, notes, taps, tuple(gates), tuple(fqns))
 

@@ -18,7 +18,7 @@ R = TypeVar("R")
 class OptimizerOptions(Tagged):
     """Options that every optimiser has.
 
-    per_layer: whether it may be run for every parameter alone.
+    per_layer: whether it may be run for every parameter alone; sharded: for a share of every parameter.
     """
 
     lr: float = Field(default=1e-3, ge=0, description="Learning rate.")
@@ -26,6 +26,7 @@ class OptimizerOptions(Tagged):
     eps: float = Field(default=1e-8, ge=0, description="Added to the root of the mean square.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled; matrices alone decay, not biases, norms and gates.")
     per_layer: ClassVar[bool] = True
+    sharded: ClassVar[bool] = False
 
     def state_bytes(self, shape: torch.Size, itemsize: int) -> int:
         """Return the bytes of the state of a parameter: two numbers for each of its own, where nothing else is said."""
