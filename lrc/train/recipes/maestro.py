@@ -201,7 +201,8 @@ def truncate(program: Program, params_kept: float) -> list[str]:
         )  # fmt: skip
     importance = {}
     for fqn, made in layers.items():
-        a, b = norms(*(t.detach() for t in factors(made)), "hierarchical")
+        A, B = factors(made)
+        a, b = norms(A.detach(), B.detach(), "hierarchical")
         importance[fqn] = (a * b / size[fqn]).tolist()
     width = {fqn: len(values) for fqn, values in importance.items()}
     while sum(width[fqn] * size[fqn] for fqn in layers) > budget:
