@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lrc.formats import Encoded, NumberFormat, format_of
 from lrc.maps.base import Affine, Cost, InParts, LinearMap, Structure, exact_bias
+from lrc.maps.recompute import Packed, packed_linear
 
 
 class Quantized(InParts):
@@ -64,7 +64,11 @@ class Quantized(InParts):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
-        return F.linear(x, self.decoded(), self.bias)
+        return packed_linear(x, self.bias, Packed(lambda values: self.decoded()))
+
+    def matrix(self) -> Tensor:
+        """Return the decoded weight, which has no gradient."""
+        return self.decoded()
 
     def exact(self) -> Affine:
         """Return the decoded weight and the bias in float64."""

@@ -1,6 +1,6 @@
 """Loading a Hugging Face folder with transformers, checked, and capturing it with inputs chosen for its task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lrc.program.capture import capture_module
 from lrc.program.checks import check_finite, need_transformers
 from lrc.program.folder import check_weights, read_config
 from lrc.program.program import Origin, Program
+from lrc.program.random_init import model_of_config, unusable
 from lrc.program.tasks import auto_class, example_inputs, infer_task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,11 +28,20 @@ def capture_folder(
     device: str = "cpu",
     trust_remote_code: bool = False,
     weights: bool = True,
+    seed: int | None = None,
 ) -> Program:
-    """Load a folder and capture it. weights: False captures its architecture alone. Raises ModelError or CaptureError."""
+    """Load a folder and capture it. weights: False captures its architecture alone; seed: of random weights, or None.
+
+    Raises ModelError or CaptureError.
+    """
     if not weights:
         return _capture_architecture(folder, name, task, trust_remote_code)
-    model, task = load_folder(folder, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
+    if seed is None:
+        model, task = load_folder(folder, task=task, dtype=dtype, trust_remote_code=trust_remote_code)
+    else:
+        model, task = model_of_config(
+            folder, seed=seed, task=task, dtype=DTYPES.get(dtype, torch.float32), trust_remote_code=trust_remote_code
+        )
     return _capture(model.to(device), folder, name, task, lambda tensor: tensor.to(device))
 
 
@@ -52,7 +62,7 @@ def _capture_architecture(folder: Path, name: str, task: str | None, trust_remot
     except LrcError:
         raise
     except Exception as error:  # transformers raises many kinds
-        raise _unloadable(folder, task, config, error) from error
+        raise unusable(folder, task, config, error) from error
     return _capture(model, folder, name, task, mode.from_tensor)
 
 
@@ -94,7 +104,7 @@ def load_folder(
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds
-        raise _unloadable(folder, task, config, error) from error
+        raise unusable(folder, task, config, error) from error
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(
@@ -105,14 +115,6 @@ def load_folder(
     check_finite(model, str(folder))
     made: nn.Module = model.eval()
     return made, task
-
-
-def _unloadable(folder: Path, task: str, config: Mapping[str, Any], error: Exception) -> ModelError:
-    return ModelError(
-        str(folder),
-        message=f"transformers cannot load the folder: {(str(error) or type(error).__name__).splitlines()[0]}",
-        hint=f"Is `model.task: {task}` right? The config names {config.get('architectures')}",
-    )
 
 
 class Quiet:

@@ -17,6 +17,7 @@ from lrc.program.checks import check_finite
 from lrc.program.folder import check_safetensors
 from lrc.program.huggingface import capture_folder
 from lrc.program.program import Origin, Program
+from lrc.program.random_init import renewed
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -24,7 +25,7 @@ FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from and how it is loaded, as the spec's `model` section says."""
+    """Where a model comes from and how it is loaded, as the spec's `model` section says. seed: of random weights, or None."""
 
     path: str
     task: str | None = None
@@ -33,6 +34,7 @@ class Source:
     weights: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    seed: int | None = None
 
 
 def load_program(source: Source, *, allow_code: bool = False, inputs: Any = None, weights: bool = True) -> Program:
@@ -44,6 +46,8 @@ def load_program(source: Source, *, allow_code: bool = False, inputs: Any = None
         path = Path(source.path)
         if not path.is_file():
             raise ModelError(source.path, message="no such file", hint="Name a program saved by torch.export.save")
+        if source.seed is not None:
+            raise no_start(source.path)
         return load_exported(path)
     if FACTORY.fullmatch(source.path):
         return _from_factory(source, allow_code, inputs)
@@ -56,7 +60,15 @@ def load_program(source: Source, *, allow_code: bool = False, inputs: Any = None
         )
     return capture_folder(
         folder, name=source.path, task=source.task, dtype=source.dtype, device=source.device,
-        trust_remote_code=source.trust_remote_code, weights=weights,
+        trust_remote_code=source.trust_remote_code, weights=weights, seed=source.seed,
+    )  # fmt: skip
+
+
+def no_start(where: str) -> UsageError:
+    """Return the error of a captured program that shall start from random weights."""
+    return UsageError(
+        where, message="a captured program has no rule that says how its weights start",
+        hint="Leave out `model.init`, or name the folder or the module that it came from",
     )  # fmt: skip
 
 
@@ -146,7 +158,11 @@ def _from_factory(source: Source, allow_code: bool, inputs: Any) -> Program:
             hint="Let the factory return `(module, inputs)`, or name calibration arrays",
         )
     if source.weights is not None:
+        if source.seed is not None:
+            raise UsageError("model.weights", message="random weights are asked for too", hint="Leave one of them out")
         load_weights(made, Path(source.weights))
+    if source.seed is not None:
+        made = renewed(made, source.seed)
     made = made.to(source.device)
     return capture_module(made, _on(given, source.device), origin=Origin(task=source.task, name=source.path))
 

@@ -16,11 +16,15 @@ APART = "apart"
 
 @dataclass(frozen=True)
 class MixedCurve:
-    """The curves of the sites and that of the group. biases: what biases cost now, by unit, beside what sites count."""
+    """The curves of the sites and that of the group.
+
+    biases: what biases cost now, by unit, beside what sites count. factor: how many times a loss of the group counts.
+    """
 
     sites: tuple[SiteCurve, ...]
     group: GroupCurve
     biases: Mapping[Unit, float]
+    factor: float = 1.0
 
     @property
     def name(self) -> str:
@@ -45,7 +49,7 @@ class MixedCurve:
         joint = self.group.candidates(unit, round_to)
         ranks = torch.tensor(joint.ranks, dtype=torch.int64)
         count = len(ranks)
-        together = Offer(self.group.form, ranks, joint.costs[:count] - self.biases[unit], joint.losses[:count])
+        together = Offer(self.group.form, ranks, joint.costs[:count] - self.biases[unit], self.factor * joint.losses[:count])
         present = sum(site.present(unit) for site in self.sites)
         fixed = sum(site.fixed(unit) for site in self.sites)
         return Candidates.of(self.name, [apart, together], present, fixed=fixed, kind=joint.kind)

@@ -70,8 +70,10 @@ def offers(
     store = GroupStore(program, session, groups, grouped)
     store.solve()
     joint = curves_of(program, session, grouped, store)
+    factor = getattr(options.solver, "modules_factor", 1.0)
     mixed = {
-        g.name: MixedCurve(tuple(curves[s] for s in g.sites), joint[g.name], biases(program, curves, g.sites)) for g in groups
+        g.name: MixedCurve(tuple(curves[s] for s in g.sites), joint[g.name], biases(program, curves, g.sites), factor)
+        for g in groups
     }
     inside = {fqn for g in groups for fqn in g.sites}
     unit = unit_of(options)

@@ -14,7 +14,8 @@ from lrc.errors import UsageError
 from lrc.measure import Cache
 from lrc.program import Program
 from lrc.program.capture import capture_exported, capture_graph, capture_module
-from lrc.program.source import Source, load_program
+from lrc.program.random_init import renewed
+from lrc.program.source import Source, load_program, no_start
 from lrc.run.job import calibration_request, request_for
 from lrc.run.session import Progress, Session, silent
 from lrc.run.trials import Evaluation
@@ -138,18 +139,20 @@ def capture(
     """
     spec = (document or Document(version=1)).model
     model = spec.path if model is None else model
-    if isinstance(model, Program):
-        return model.clone()  # passes edit what they are given
-    if isinstance(model, torch.export.ExportedProgram):
-        return capture_exported(model)
+    seed = spec.init.seed
+    if isinstance(model, Program | torch.export.ExportedProgram):
+        if seed is not None:
+            raise no_start(type(model).__name__)
+        return model.clone() if isinstance(model, Program) else capture_exported(model)  # passes edit what they are given
     if isinstance(model, nn.Module):
         if inputs is None:
             raise UsageError(type(model).__name__, message="a module needs example inputs", hint="Give `inputs=`")
+        model = model if seed is None else renewed(model, seed)
         program = capture_graph(model, inputs) if isinstance(model, fx.GraphModule) else capture_module(model, inputs)
         return replace_task(program, spec.task)
     if model is None:
         raise UsageError("MODEL", message="no model is named", hint="Give MODEL, or set `model.path` in the spec")
-    source = Source(str(model), spec.task, spec.dtype, spec.device, spec.weights, spec.revision, spec.trust_remote_code)
+    source = Source(str(model), spec.task, spec.dtype, spec.device, spec.weights, spec.revision, spec.trust_remote_code, seed)
     examples = inputs
     if examples is None and document is not None and ":" in source.path and document.calibration is not None:
         examples = _first_batch(document, base, allow_code)

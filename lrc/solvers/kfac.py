@@ -40,6 +40,12 @@ class KfacSolver(InputsOptions, FocusOptions):
         description="Under a budget of size or FLOPs, with `form: auto`, let MLPs and attentions become narrower, as "
         "`modular` does, where that is predicted to lose less.",
     )
+    modules_factor: float = Field(
+        default=1.5,
+        gt=0,
+        description="How many times the predicted loss of a narrower module counts beside that of its matrices: the second "
+        "order sees less of what behind a nonlinearity is lost at once.",
+    )
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS, Need.GRADIENTS})
 
     def modules_solver(self) -> ModularSolver | None:

@@ -1,11 +1,35 @@
 """The spec file as a model: where a model may become low-rank, what may be spent, and what shall be left at the end."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from lrc.spec.base import SpecModel
 from lrc.spec.registry import EXPORTERS, METRICS, PASSES, Registered
+
+
+class Stored(SpecModel):
+    """The weights that the model comes with."""
+
+    type: Literal["stored"] = "stored"
+    seed: ClassVar[None] = None
+
+
+class RandomStart(SpecModel):
+    """Weights as the model's own class starts them, for training from scratch; stored ones are not read."""
+
+    type: Literal["random"] = "random"
+    seed: int = Field(default=0, ge=0, description="Of the numbers.")
+
+
+def _from_word(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+StartField = Annotated[
+    Annotated[Stored | RandomStart, Field(discriminator="type")],
+    BeforeValidator(_from_word, json_schema_input_type=Stored | RandomStart | Literal["stored", "random"]),
+]
 
 
 class ModelSpec(SpecModel):
@@ -18,10 +42,13 @@ class ModelSpec(SpecModel):
     )
     task: str | None = Field(default=None, description="As transformers names it; inferred from config.json.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Of the loaded weights; auto: as stored."
+        default="auto", description="Of the loaded weights; auto: as stored, and float32 for random ones."
     )
     device: str = Field(default="cpu", description="Where the model runs while it is measured.")
     weights: str | None = Field(default=None, description="A safetensors file for a `module:factory` model.")
+    init: StartField = Field(
+        default=Stored(), description="stored: the weights that the model comes with; random: as its class starts them."
+    )
     revision: str | None = Field(default=None, description="Of a hub id.")
     trust_remote_code: bool = Field(default=False, description="Let the folder's own code run (needs --allow-code).")
 

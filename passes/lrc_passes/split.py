@@ -1,6 +1,6 @@
 """split: a dense weight becomes a low-rank product plus a rest that is cheap to store.
 
-W  ->  Sum(Chain(B, A), Sparse)       a fixed support: the numbers and one bit an entry
+W  ->  Sum(Chain(B, A), Sparse)       a fixed support: the numbers, and where they stand
 W  ->  Sum(Chain(B, A), Quantized)    packed codes and their scales
 """
 
@@ -23,7 +23,7 @@ from lrc.run.solved_pass import SolvedPass, solved_pass
 from lrc.solvers.splits import LqSplitter, QuantizedOptions, SparseOptions, SplitterOptions
 from lrc.solvers.splits import Split as SplitParts
 from lrc.solvers.splits.bits import BitsBudget
-from lrc.solvers.splits.support import density_of
+from lrc.solvers.splits.support import density_of, stored_as
 from lrc.spec.registry import SPLITTERS, Registered
 
 
@@ -168,7 +168,8 @@ def split(site: Site, statistics: Statistics, options: Split, generator: torch.G
         made = rest.with_bias(None if bias is None else torch.nn.Parameter(bias))
     if made.cost().bytes >= site.map.cost().bytes:
         return Keep(f"the split needs no fewer bytes: {made.cost().bytes}, the dense weight {site.map.cost().bytes}")
-    return Rewrite(made, (f"relative error {found.error:.2%} in the splitter's norm", *found.notes))
+    runs = (rest.runs,) if isinstance(rest, Sparse) else ()
+    return Rewrite(made, (f"relative error {found.error:.2%} in the splitter's norm", *found.notes, *runs))
 
 
 def parts(site: Site, statistics: Statistics, options: Split, generator: torch.Generator) -> SplitParts | Keep:
@@ -191,5 +192,6 @@ def rest_of(found: SplitParts, solver: SplitterOptions) -> LinearMap:
     if isinstance(solver, QuantizedOptions):
         assert found.encoded is not None, "a quantised rest is stored encoded"
         return Quantized(found.encoded, (found.rest.shape[0], found.rest.shape[1]), solver.format, found.rest.dtype)
+    assert isinstance(solver, SparseOptions), "a splitter has one or the other rest"
     assert found.support is not None, "a sparse rest has a support"
-    return Sparse.of(found.rest, found.support)
+    return Sparse.of(found.rest, found.support, pattern=stored_as(solver.pattern))

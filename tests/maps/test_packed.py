@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from random_maps import randn
 from torch import Tensor, nn
 
-from lrc.formats import FORMATS
+from lrc.formats import FORMATS, support_of
 from lrc.maps import Chain, LinearMap, Quantized, Sparse, Sum, fold, restore, simplify
+from lrc.maps.recompute import Packed, packed_linear
+from lrc.solvers.splits.support import strongest
 
 FORMAT_NAMES = st.sampled_from(list(FORMATS))
 SHAPES = st.sampled_from([(1, 1), (1, 70), (70, 1), (5, 33), (64, 48)])
@@ -95,6 +97,130 @@ def test_a_cast_changes_what_is_computed_and_not_what_is_stored() -> None:
     assert made.bias.dtype == torch.bfloat16
     assert all(torch.equal(made.encoded[name], tensor) for name, tensor in stored.items())
     assert torch.equal(made.dense().weight, before.bfloat16())
+
+
+PATTERNS = ["all", "2:4", "1:4", "4:8", "3:16", "2x3", "16x16"]
+
+
+def supported(m: int, n: int, pattern: str, density: float, seed: int) -> Tensor:
+    return strongest(torch.rand(m, n, generator=torch.Generator().manual_seed(seed)), pattern, density)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pattern=st.sampled_from(PATTERNS), shape=SHAPES, density=st.sampled_from([0.0, 0.02, 0.5, 1.0]), bias=st.booleans())
+def test_a_map_of_any_pattern_is_what_it_says(pattern: str, shape: tuple[int, int], density: float, bias: bool) -> None:
+    W, kept = randn(*shape, seed=1).float(), supported(*shape, pattern, density, seed=2)
+    made = Sparse.of(W, kept, randn(shape[0], seed=3).float() if bias else None, pattern)
+    assert torch.equal(made.dense().weight, W * kept)
+    check(made)
+
+
+def test_the_bytes_of_every_pattern() -> None:
+    def stored(pattern: str, density: float = 0.25) -> tuple[int, int]:
+        made = Sparse.of(randn(64, 64, seed=1).float(), supported(64, 64, pattern, density, seed=2), pattern=pattern)
+        return made.count, made.cost().bytes - 4 * made.count
+
+    assert stored("2:4") == (2048, 512)  # two bits a number
+    assert stored("1:4") == (1024, 256)
+    assert stored("4:8") == (2048, 512)  # a bit an entry is less than three a number
+    assert stored("2:16") == (512, 256)  # four bits a number
+    assert stored("16x16") == (1024, 2)  # a bit for each of 16 blocks
+    assert stored("2x2", 0.01) == (40, 40)  # ten positions
+
+
+def test_a_support_of_another_pattern_is_refused() -> None:
+    kept = torch.zeros(4, 8, dtype=torch.bool)
+    kept[1, 4:7] = True
+    for pattern, message in (("2:4", "a group of 4 keeps 3"), ("2x2", "not made of whole blocks")):
+        with pytest.raises(ValueError, match=message):
+            Sparse.of(torch.ones(4, 8), kept, pattern=pattern)
+    for word in ("4:2", "0x3", "4:4", "rows", "2:512"):
+        with pytest.raises(ValueError, match="expected"):
+            support_of(word)
+
+
+def test_a_group_with_too_few_numbers_gets_zeros_beside_them() -> None:
+    kept = torch.zeros(1, 8, dtype=torch.bool)
+    kept[0, 6] = True
+    made = Sparse.of(torch.ones(1, 8), kept, pattern="2:4")
+    assert made.values.tolist() == [0.0, 0.0, 0.0, 1.0]
+    assert made.dense().weight.tolist() == [[0, 0, 0, 0, 0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "few"])
+def test_the_gradients_of_a_sparse_map_are_right(pattern: str) -> None:
+    few = pattern == "few"
+    kept = supported(4, 18, "all" if few else pattern, 0.03 if few else 0.5, seed=2)
+    made = Sparse.of(randn(4, 18, seed=1), kept, randn(4, seed=4), "all" if few else pattern)
+    assert made.kind.by_position(made.support) == few
+    x = randn(1, 2, 18, seed=3).requires_grad_()
+
+    def apply(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        return packed_linear(x, bias, Packed(made.spread, made._gathered, made._csr_product if few else None), values)
+
+    given = (x, made.values.detach().clone().requires_grad_(), randn(4, seed=5).requires_grad_())
+    assert torch.autograd.gradcheck(apply, given)
+    assert torch.autograd.gradgradcheck(apply, given)
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_the_gradients_of_a_quantised_map_are_right(name: str) -> None:
+    made = Quantized.of(randn(4, 18, seed=1), FORMATS[name], randn(4, seed=4)).double()
+    x = randn(1, 2, 18, seed=3).requires_grad_()
+    assert torch.autograd.gradcheck(made, (x,))
+    assert torch.autograd.gradgradcheck(made, (x,))
+    made(x).sum().backward()
+    assert made.bias is not None
+    torch.testing.assert_close(made.bias.grad, torch.full((4,), 2.0, dtype=torch.float64))
+
+
+def kept_for_backward(made: LinearMap, x: Tensor) -> int:
+    """The floating numbers that autograd keeps for one call, those of x and of the parameters left out."""
+    own = {t.data_ptr() for t in [x, *made.parameters(), *made.buffers()]}
+    kept: list[int] = []
+
+    def seen(tensor: Tensor) -> Tensor:
+        kept.append(0 if tensor.data_ptr() in own else tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+        made(x).sum().backward()
+    return sum(kept)
+
+
+@pytest.mark.parametrize("pattern", ["all", "2:4", "16x16", "nf4", "int8"])
+def test_no_dense_weight_is_kept_for_the_backward(pattern: str) -> None:
+    W = randn(64, 96, seed=1).float()
+    if pattern in FORMATS:
+        rest: LinearMap = Quantized.of(W, FORMATS[pattern])
+    else:
+        rest = Sparse.of(W, supported(64, 96, pattern, 0.3, seed=2), pattern=pattern)
+    made = Sum(Chain(randn(64, 4, seed=3).float(), randn(4, 96, seed=4).float()), rest)
+    x = randn(5, 96, seed=5).float().requires_grad_()
+    assert kept_for_backward(made, x) == 5 * 4  # what stands between the factors
+    if isinstance(rest, Sparse):
+        rest.values.requires_grad_(False)
+        assert kept_for_backward(made, x) == 5 * 4
+
+
+def test_packed_maps_work_under_autocast_and_vmap() -> None:
+    W = randn(8, 40, seed=1).float()
+    for made in (
+        Quantized.of(W, FORMATS["nf4"], torch.ones(8)),
+        Sparse.of(W, supported(8, 40, "2:4", 0.5, 2), torch.ones(8), "2:4"),
+        Sparse.of(W, supported(8, 40, "all", 0.02, 2), torch.ones(8)),
+    ):
+        x = randn(3, 40, seed=3).float().requires_grad_()
+        plain = torch.autograd.grad(made(x).square().sum(), [x, *made.parameters()])
+        each = torch.func.vmap(torch.func.grad(lambda row, made=made: made(row[None]).square().sum()))(x)
+        torch.testing.assert_close(each, plain[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            y = made(x)
+        assert y.dtype == torch.bfloat16
+        half = torch.autograd.grad(y.float().square().sum(), [x, *made.parameters()])
+        for one, other in zip(half, plain, strict=True):
+            assert one.dtype == torch.float32
+            assert float((one - other).norm() / other.norm()) < 0.03
 
 
 @pytest.mark.parametrize("make", [lambda W: Quantized.of(W, FORMATS["int8"]), lambda W: Sparse.of(W, W.abs() > 0.5)])

@@ -137,7 +137,7 @@ def test_what_was_solved_is_not_solved_again(build: Build, monkeypatch: pytest.M
 def test_kfac_takes_the_better_of_both_ways(build: Build) -> None:
     found = {}
     for modules in (True, False):
-        done = build({"type": "kfac", "modules": modules}, {"params_kept": 0.5})
+        done = build({"type": "kfac", "modules": modules, "modules_factor": 1}, {"params_kept": 0.5})
         found[modules] = sum(d.predicted or 0 for d in done.plan.decisions)
         before, after = (sum(getattr(d, when).parameters for d in done.plan.decisions) for when in ("before", "after"))
         assert after <= 0.5 * before
@@ -145,6 +145,15 @@ def test_kfac_takes_the_better_of_both_ways(build: Build) -> None:
         assert len(names) == len(set(names)) == 21
     modular = build("modular", {"params_kept": 0.5})
     assert found[True] < min(found[False], sum(d.predicted or 0 for d in modular.plan.decisions))
+
+
+def test_modules_whose_loss_counts_for_more_are_chosen_less(build: Build) -> None:
+    joint = {}
+    for factor in (0.1, 1.5, 1e6):
+        done = build({"type": "kfac", "modules_factor": factor}, {"params_kept": 0.5})
+        joint[factor] = sum(len(d.sites) > 1 for d in done.plan.decisions)
+    assert joint[0.1] >= joint[1.5] >= joint[1e6] == 0
+    assert joint[0.1] > 0
 
 
 def test_rounding_and_a_whole_number_are_those_of_groups(build: Build) -> None:

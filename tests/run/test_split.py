@@ -73,6 +73,19 @@ def test_params_kept_is_kept(pattern: str, share: float | None) -> None:
             assert isinstance(site.map, Sparse)
 
 
+@pytest.mark.parametrize(("pattern", "runs"), [("2:4", "(2:4), run dense"), ("16x16", "(16x16), run dense"), ("all", "CSR")])
+def test_the_plan_says_how_a_sparse_rest_is_stored_and_run(pattern: str, runs: str) -> None:
+    density = {"2:4": None, "16x16": 0.25, "all": 0.02}[pattern]
+    done = compiled(solver={"type": "godec", "pattern": pattern, "density": density, "iterations": 2}, rank=2)
+    site = done.program.sites["up"].map
+    assert isinstance(site, Sum)
+    assert isinstance(site.rest, Sparse)
+    assert site.rest.kind.pattern == pattern
+    assert runs in done.plan.decisions[0].notes[-1]
+    done.save("out")
+    torch.testing.assert_close(next(iter(lrc.load("out")(x=inputs()).values())), done.module(inputs()))
+
+
 @pytest.mark.parametrize("bits", [2.3, 3.0, 4.5])
 def test_bits_on_average_are_kept(bits: float) -> None:
     done = compiled(solver={"type": "lq", "bits": bits, "iterations": 2}, rank=2)

@@ -53,7 +53,8 @@ class SparseOptions(SplitterOptions):
     )
     pattern: Pattern = Field(
         default="rows",
-        description="Where they may stand: the largest of each row (rows), of all (all), or n of every m inputs (`2:4`).",
+        description="Where they may stand: the largest of each row (rows), of all (all), n of every m inputs (`2:4`), or whole "
+        "blocks (`16x16`).",
     )
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from torch import Tensor
 from lrc.solvers.base import Moments
 from lrc.solvers.splits.base import SparseOptions, Split, splitter
 from lrc.solvers.splits.low_rank import balanced_factors
-from lrc.solvers.splits.support import Pattern, strongest
+from lrc.solvers.splits.support import Pattern, block_of, strongest
 
 STEP = 1.5  # growth of the penalty an iteration, inexact augmented Lagrangian
 
@@ -62,9 +62,10 @@ def pcp(weight: Tensor, moments: Moments, rank: int, options: PcpSplitter, gener
     if found > kept:
         notes.append(f"rank {found} cut to {kept}")
     inside = S != 0
-    support = inside & strongest(S.abs(), options.pattern, 1.0 if options.density is None else options.density)
-    if int(support.sum()) < int(inside.sum()):
-        notes.append(f"{int(inside.sum())} sparse entries cut to {int(support.sum())}")
+    support = strongest(S.abs(), options.pattern, 1.0 if options.density is None else options.density)
+    support = support if block_of(options.pattern) else support & inside  # a block is kept whole
+    if int((support & inside).sum()) < int(inside.sum()):
+        notes.append(f"{int(inside.sum())} sparse entries cut to {int((support & inside).sum())}")
     B, A = balanced_factors(U[:, :kept], sigma[:kept, None] * Vh[:kept], torch.float64)
     rest = torch.where(support, S, 0.0)
     error = float((W - B @ A - rest).norm()) / whole

@@ -17,7 +17,7 @@ class SltrainSplitter(SparseOptions):
 
     type: Literal["sltrain"] = "sltrain"
     density: float | None = Field(default=0.03, ge=0, le=1, description="Share of the entries in the support.")
-    pattern: Pattern = Field(default="all", description="Where they are drawn: `all`, `rows` or `n:m`.")
+    pattern: Pattern = Field(default="all", description="Where they are drawn: `all`, `rows`, `n:m` or blocks such as `16x16`.")
     iterations: int = Field(default=20, ge=1, description="Turns of fitting the product and the numbers of the support.")
 
 
