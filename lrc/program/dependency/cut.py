@@ -8,13 +8,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from lrc.errors import SiteError
 from lrc.maps import LinearMap, Patches
 from lrc.maps.kept import keep_inputs, keep_outputs, taken
+from lrc.program.dependency.attributes import fit_modules
 from lrc.program.dependency.groups import Groups
 from lrc.program.dependency.labels import Array, Axes
 from lrc.program.edits import put
+from lrc.program.norms import module_of
 from lrc.program.program import Program
 from lrc.program.values import refresh_values
 
@@ -24,8 +27,8 @@ Edit = Callable[[fx.Node, "Sizes"], None]
 EDITS: dict[Any, Edit] = {}
 
 
-def cut_units(program: Program, groups: Groups, gone: Mapping[str, Array], by: str) -> None:
-    """Take units out of a program. gone: of every group by name, which units. by: the pass.
+def cut_units(program: Program, groups: Groups, gone: Mapping[str, Array], by: str) -> list[str]:
+    """Take units out of a program. gone: of every group by name, which units. by: the pass. Returns notes.
 
     Raises SiteError where what is left does not fit together, which says that a rule of the flow is wrong.
     """
@@ -45,9 +48,12 @@ def cut_units(program: Program, groups: Groups, gone: Mapping[str, Array], by: s
     for slot, labels in ledger.slots.items():
         if slot[0] == "tensor" and not alive[labels].all():
             _cut_tensor(program, slot[1], int(slot[2]), torch.from_numpy(np.flatnonzero(alive[labels])))
+    changes: dict[str, dict[int, int]] = {}
     for node in program.graph_module.graph.nodes:
         if node.op == "call_function" and node.target in EDITS and sizes.changed(node):
+            before = numbers_in(node)
             EDITS[node.target](node, sizes)
+            changes.setdefault(module_of(node), {}).update(zip(before, numbers_in(node), strict=False))
     program.settle()
     try:
         refresh_values(program)
@@ -56,6 +62,14 @@ def cut_units(program: Program, groups: Groups, gone: Mapping[str, Array], by: s
             ", ".join(gone), message=f"the graph does not fit together without them: {str(error).splitlines()[0]}",
             hint="Name these sites under `ignore`, and report this model",
         ) from error  # fmt: skip
+    note = fit_modules(program, {name: {a: b for a, b in own.items() if a != b} for name, own in changes.items()})
+    return [] if note is None else [note]
+
+
+def numbers_in(node: fx.Node) -> list[int]:
+    """Return the numbers among a node's arguments, in order; of a split, the size of its first piece."""
+    flat = [arg for arg in pytree.arg_tree_leaves(*node.args, **node.kwargs) if isinstance(arg, int)]
+    return flat[:1] if node.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default) else flat
 
 
 def living(groups: Groups, gone: Mapping[str, Array]) -> Alive:

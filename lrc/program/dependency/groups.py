@@ -14,7 +14,7 @@ from lrc.program.dependency.labels import FIXED, Array, Ledger, Slot
 from lrc.program.program import Program
 
 ROUNDS = 8  # of tying what a view would take apart
-assert moves and sums, "the rules are there"
+RULES_OF = (moves, sums)  # imported for their rules
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Member:
 class Group:
     """Units that are alike: each takes as much from the same places.
 
-    name: the first site that gives them, numbered where it gives units of several kinds. kind: `heads`, `channels` or `features`.
+    name: the first site that gives them, numbered where it gives several. kind: `heads`, `channels` or `features`.
     """
 
     name: str

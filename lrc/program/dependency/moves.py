@@ -33,7 +33,9 @@ def order(flow: Flow, node: fx.Node) -> Value:
     elif rank > 1:
         pair = [int(dim) % rank for dim in node.args[1:]] if node.target is aten.transpose.int else [rank - 2, rank - 1]  # type: ignore[arg-type]
         places[pair[0]], places[pair[1]] = pair[1], pair[0]
-    parts = [flow.ledger.joined([places.index(dim) for dim in part.dims], part.labels, drawn=part.drawn) for part in value.parts]
+    parts = [
+        flow.ledger.joined([places.index(dim) for dim in part.dims], part.labels, drawn=part.drawn) for part in value.parts
+    ]
     return Axes(flow.shape(node), tuple(part for part in parts if part))
 
 

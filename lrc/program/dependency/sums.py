@@ -8,7 +8,7 @@ from torch import fx
 from lrc.maps import LinearMap, Patches
 from lrc.maps.kept import keep_inputs, keep_outputs
 from lrc.program.absorb import ELEMENTWISE
-from lrc.program.dependency.flow import RULES, SITE_RULES, Flow, Value, rule
+from lrc.program.dependency.flow import SITE_RULES, Flow, Value, rule
 from lrc.program.dependency.labels import Array, Axes, Part, meet
 from lrc.program.dependency.moves import unknown
 from lrc.program.sites import Site, Use
@@ -59,7 +59,14 @@ def _like(flow: Flow, node: fx.Node, parts: tuple[Part, ...]) -> Value:
     return [Axes(tuple(one.shape), parts) for one in given]
 
 
-@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten.cumsum.default, aten.glu.default)
+@rule(
+    aten.softmax.int,
+    aten._softmax.default,
+    aten.log_softmax.int,
+    aten._log_softmax.default,
+    aten.cumsum.default,
+    aten.glu.default,
+)
 def over_one(flow: Flow, node: fx.Node) -> Value:
     """Work along one dimension, along which nothing may be cut alone."""
     value = flow.axes(node.args[0])
@@ -96,7 +103,8 @@ def batch_norm(flow: Flow, node: fx.Node) -> Value:
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool1d.default, aten.avg_pool2d.default,
     aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool3d.default, aten.adaptive_max_pool2d.default, aten.max_pool2d_with_indices.default,
-    aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_nearest2d.default, aten.upsample_bilinear2d.default,
+    aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_nearest2d.default,
+    aten.upsample_bilinear2d.default,
 )  # fmt: skip
 def pool(flow: Flow, node: fx.Node) -> Value:
     """Work on every channel of an image alone."""
@@ -249,4 +257,3 @@ def bag(flow: Flow, node: fx.Node, site: Site, use: Use, made: LinearMap) -> Axe
 
 
 SITE_RULES.update({"linear": linear, "conv": conv, "embedding": lookup, "embedding_bag": bag})
-assert RULES, "the rules of moves are there too"
