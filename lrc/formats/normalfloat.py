@@ -46,23 +46,19 @@ class NormalFloat(NumberFormat):
     scale_dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="Of the outermost scales.")
     floating: ClassVar[frozenset[str]] = frozenset({"scales", "steps", "offset"})
 
-    def encode(self, weight: Tensor) -> Encoded:
-        """Return `codes`, and either `scales`, or the codes of the scales with their `steps` and `offset`.
+    @property
+    def levels(self) -> Tensor:
+        """The quantiles."""
+        return normalfloat_values(self.bits)
 
-        A block of zeros is stored exactly. A number above its rounded-down scale is clipped to the scale.
-        """
-        flat = weight.detach().float().reshape(-1)
-        blocks = F.pad(flat, (0, -len(flat) % self.block)).reshape(-1, self.block)
-        encoded = self._encode_scales(blocks.abs().amax(1))
-        scale = self._scales(encoded, len(blocks))[:, None]
-        values = normalfloat_values(self.bits).to(weight.device)
-        edges = (values[1:] + values[:-1]) / 2
-        relative = torch.where(scale > 0, blocks / torch.where(scale > 0, scale, torch.ones_like(scale)), 0.0)
-        codes = torch.bucketize(relative, edges).reshape(-1)[: len(flat)]
-        return {"codes": pack(codes, self.bits), **encoded}
+    def in_blocks(self, weight: Tensor) -> Tensor:
+        """Return pieces of the matrix in row-major order."""
+        flat = weight.reshape(-1)
+        return F.pad(flat, (0, -len(flat) % self.block)).reshape(-1, self.block)
 
-    def _encode_scales(self, scales: Tensor) -> Encoded:
-        dtype = DTYPES[self.scale_dtype]
+    def store_scales(self, scales: Tensor, shape: tuple[int, int]) -> Encoded:
+        """Return `scales`, or their codes with `steps` and `offset`."""
+        dtype, scales = DTYPES[self.scale_dtype], scales.float()
         if self.scale_bits is None:
             return {"scales": scales.to(dtype)}
         offset = scales.min()
@@ -74,6 +70,16 @@ class NormalFloat(NumberFormat):
         share = torch.where(largest > 0, groups / torch.where(largest > 0, largest, torch.ones_like(largest)), 0.0)
         codes = (share * top).round().clamp(0, top).reshape(-1)[: len(scales)].to(torch.int32)  # a step may have rounded down
         return {"scale_codes": pack(codes, self.scale_bits), "steps": steps, "offset": offset.reshape(1)}
+
+    def spread_scales(self, encoded: Encoded, shape: tuple[int, int]) -> Tensor:
+        """Return the scale of every entry."""
+        count = shape[0] * shape[1]
+        scales = self._scales(encoded, -(-count // self.block))
+        return scales.repeat_interleave(self.block)[:count].reshape(shape)
+
+    def with_codes(self, encoded: Encoded, places: Tensor) -> Encoded:
+        """Return `codes` and the scales."""
+        return {"codes": pack(places.reshape(-1), self.bits), **encoded}
 
     def _scales(self, encoded: Encoded, blocks: int) -> Tensor:
         """Return the scale of every block, (blocks,), float32."""

@@ -93,6 +93,8 @@ class Pt2Runner:
             raise LowerError(
                 str(path), expected="a program saved by torch.export.save", got=str(error).splitlines()[0]
             ) from error
+        if any(node.target == torch.ops.higher_order.scan for node in self.module.graph.nodes):
+            self.module.requires_grad_(False)  # torch would compile the gradient of a loop, with a C++ compiler, to run it
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run without gradients."""

@@ -26,6 +26,7 @@ from lrc.maps.shared import SharedLookup, looked_up
 from lrc.maps.simplify import Folded, rebuilt, simplify
 from lrc.maps.small import Identity, OutputMask
 from lrc.maps.sparse import Sparse
+from lrc.maps.sparse_low_rank import SparseLowRank
 from lrc.maps.structure import pivoted_structure, restore, restore_module
 from lrc.maps.triangular import Triangular
 from lrc.maps.tucker import Tucker
@@ -68,6 +69,7 @@ __all__ = [
     "Scale",
     "SharedLookup",
     "Sparse",
+    "SparseLowRank",
     "Spread",
     "Structure",
     "Sum",

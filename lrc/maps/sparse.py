@@ -69,9 +69,10 @@ class Sparse(InParts):
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
         product = self._csr_product if self._pays_as_csr(x) else None
-        return packed_linear(x, self.bias, Packed(self.spread, self._gathered, product), self.values)
+        return packed_linear(x, self.bias, Packed(self.spread, self.gathered, product), self.values)
 
-    def _gathered(self, gradient: Tensor) -> Tensor:
+    def gathered(self, gradient: Tensor) -> Tensor:
+        """Return the numbers of a matrix (out_features, in_features) on the support, in the order of the values."""
         return self.kind.gather(gradient, self.support, self.count)
 
     def _pays_as_csr(self, x: Tensor) -> bool:

@@ -25,12 +25,14 @@ from lrc.maps.row_norm import RowNorm
 from lrc.maps.shared import SharedLookup
 from lrc.maps.small import Identity, OutputMask
 from lrc.maps.sparse import Sparse
+from lrc.maps.sparse_low_rank import SparseLowRank
 from lrc.maps.triangular import Triangular
 from lrc.maps.tucker import Tucker
 
 KINDS: tuple[type[LinearMap], ...] = (
     Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, Quantized, Sparse,
-    Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm, SharedLookup,
+    SparseLowRank, Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm,
+    SharedLookup,
 )  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 

@@ -29,7 +29,7 @@ def segments(program: Program) -> list[list[fx.Node]]:
     order = {node: place for place, node in enumerate(nodes)}
     taps = sorted((tap for fqn in program.sites for tap in taps_of(program, fqn)), key=lambda tap: order[tap.gives])
     start, period, count = repeated([(tap.layout.kind, tap.shape) for tap in taps])
-    if count < 2:
+    if count < 2 or any(site.looped for site in program.sites.values()):
         return [nodes]
     alive = numbers_alive(nodes, order)
     places = []

@@ -30,6 +30,7 @@ from lrc.measure.taps import (
     traced_masks,
 )
 from lrc.program import Program
+from lrc.program.loops import write_out
 from lrc.program.readout import readout
 from lrc.solvers import Moments, Need
 
@@ -70,6 +71,7 @@ def collect(
     found = {} if cache is None else load_moments(cache, key, program, wanted)
     missing = [fqn for fqn in wanted if fqn not in found]
     if missing:
+        write_out(program, missing)
         walk = Walk(program, missing, needs, by_block=by_block)
         for done, batch in enumerate(batches):
             if progress is not None:

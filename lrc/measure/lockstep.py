@@ -13,6 +13,7 @@ from lrc.measure.grouped import GroupedCross, GroupedMoment
 from lrc.measure.second_moments import CrossMoment, SecondMoment
 from lrc.measure.taps import Tap, padding_masks, pieces, placeholder_values, tap_mask, taps_of, traced_masks
 from lrc.program import Program
+from lrc.program.loops import write_out
 from lrc.solvers import Moments
 
 
@@ -59,6 +60,9 @@ class Lockstep:
     """Moments of the inputs that a site really sees behind compressed sites, and their product with the dense inputs."""
 
     def __init__(self, dense: Program, compressed: Program, batches: Batches) -> None:
+        if dense.recurrent:
+            dense = dense.clone()
+            write_out(dense)
         self.dense = dense
         self.batches = batches
         self._dense = [Stepper(dense, batch) for batch in batches]
@@ -73,7 +77,7 @@ class Lockstep:
         on its first use.
         """
         tap = taps_of(self.dense, fqn)[0]
-        if tap.layout.looked_up:  # compression before it changes no index
+        if tap.layout.looked_up or self.dense.sites[fqn].looped:  # no index changes; states are known once the loop has run
             return dense_moments
         key = (tap.reads.name, tap.layout)
         if key not in self._seen:

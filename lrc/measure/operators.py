@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrc.maps import LinearMap, Structure, restore
+from lrc.maps import LinearMap, Sparse, Structure, restore
 from lrc.measure.cache import Cache, digest
 from lrc.measure.latency import Latency, joined, measure_latency, ratio_to
+from lrc.solvers.splits.support import strongest
 
 SECONDS = 1.5  # what the rounds of one table take, about
 PATIENCE = 3  # how many times as long they may take on a noisy machine
@@ -156,6 +157,11 @@ def random_map(structure: Structure, dtype: torch.dtype, device: torch.device, g
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         for index in made.buffers():
             index.copy_(torch.randperm(index.numel(), generator=generator))
+        for part in made.modules():
+            if isinstance(part, Sparse):  # a mask has as many ones as there are numbers
+                scores = torch.rand(part.shape, generator=generator)
+                support = strongest(scores, part.kind.pattern, (part.count + 0.5) / scores.numel())
+                part.support.copy_(part.kind.encode(support)[0])
     return made.to(dtype).to(device).requires_grad_(False).eval()
 
 

@@ -47,18 +47,18 @@ class Piece:
 def taps_of(program: Program, fqn: str) -> tuple[Tap, ...]:
     """Return the uses of a site, in graph order. Raises SiteError when the graph has no such site or never uses it."""
     site = program.sites.get(fqn)
-    nodes = program.nodes
     if site is None or not site.uses:
         raise SiteError(fqn, message="the captured graph has no site of this name")
+    nodes = program.nodes
     order = {name: place for place, name in enumerate(nodes)}
     uses = sorted(site.uses, key=lambda use: order[use.node])
     return tuple(_tap(site, use, nodes) for use in uses)
 
 
 def _tap(site: Site, use: Use, nodes: Mapping[str, fx.Node]) -> Tap:
-    context = tuple((name, nodes[node]) for name, node in use.context)
+    context = () if use.inside else tuple((name, nodes[node]) for name, node in use.context)
     shape = site.shape if use.layout is None else (site.in_features, site.out_features)
-    return Tap(site.fqn, nodes[use.input], nodes[use.node], use.layout or site.layout, context, shape)
+    return Tap(site.fqn, nodes[use.reads], nodes[use.gives], use.layout or site.layout, context, shape)
 
 
 def placeholder_values(program: Program, inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -72,6 +72,11 @@ def shapes_per_use(program: Program, site: Site, shapes: Shapes) -> tuple[tuple[
 
     Raises SiteError where it depends on the data, was not traced, or does not tell how much is read.
     """
+    if site.looped:
+        raise SiteError(
+            site.fqn, message="its time is that of a loop, step by step", hint="Choose a budget of parameters, size or FLOPs, "
+            "or ignore the site",
+        )  # fmt: skip
     if any(use.context for use in site.uses):
         raise SiteError(
             site.fqn, message="its time depends on how large the bags are", hint="Choose a budget of parameters or size",
@@ -88,7 +93,7 @@ def rows_per_sample(program: Program, site: Site, shapes: Sequence[Shapes]) -> f
     numbers = 0
     for of_batch in shapes:
         bound = bound_sizes(program, of_batch)
-        numbers += sum(prod(_shape(program.nodes[use.node], bound, site.fqn)) for use in site.uses if use.layout is None)
+        numbers += sum(prod(_shape(program.nodes[use.gives], bound, site.fqn)) for use in site.uses if use.layout is None)
     return numbers / site.out_features / sum(samples_in(program, of_batch) for of_batch in shapes)
 
 

@@ -50,7 +50,7 @@ class Region:
 
 def absorb_permutations(program: Program) -> dict[str, str]:
     """Remove every index of a pivoted output that its readers can absorb. Returns what was done, by site."""
-    single = {site.uses[0].node: site for site in program.sites.values() if len(site.uses) == 1}
+    single = {site.uses[0].node: site for site in program.sites.values() if len(site.uses) == 1 and not site.looped}
     notes: dict[str, str] = {}
     for fqn in list(program.maps):
         made = program.maps[fqn]
@@ -74,7 +74,7 @@ def absorb_places(program: Program) -> dict[str, str]:
 
     Chain(Spread, X) … Chain(Y, Pick) with the same places become X … Y, and what stands between them gets narrower.
     """
-    single = {site.uses[0].node: site for site in program.sites.values() if len(site.uses) == 1}
+    single = {site.uses[0].node: site for site in program.sites.values() if len(site.uses) == 1 and not site.looped}
     notes: dict[str, str] = {}
     for fqn in list(program.maps):
         written = spread_of(program.maps[fqn])
@@ -97,7 +97,7 @@ def absorb_places(program: Program) -> dict[str, str]:
 
 def find_region(program: Program, site: Site, single: dict[str, Site]) -> Region | None:
     """Return the region that a site writes into, or None where something in it depends on the order."""
-    if len(site.uses) != 1:
+    if len(site.uses) != 1 or site.looped:
         return None
     nodes = program.nodes
     waiting, carriers = [nodes[site.uses[0].node]], {site.uses[0].node}

@@ -28,7 +28,7 @@ def alike(program: Program, fqns: Sequence[str]) -> list[tuple[str, ...]]:
     alone: list[tuple[str, ...]] = []
     for fqn in sorted(fqns, key=lambda fqn: first[fqn]):
         site, numbers = program.site(fqn), NUMBER.findall(fqn)
-        if not numbers or site.kind != "linear" or len(site.uses) > 1:
+        if not numbers or site.kind != "linear" or len(site.uses) > 1 or site.looped:
             alone.append((fqn,))
             continue
         kind = NUMBER.sub("*", fqn, count=1)

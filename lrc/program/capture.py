@@ -4,8 +4,9 @@ import io
 import re
 import sysconfig
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from inspect import signature
 from itertools import islice
@@ -66,7 +67,7 @@ def _export(model: nn.Module, spec: Inputs, extra: Mapping[str, Any]) -> tuple[t
     for _ in range(ATTEMPTS):
         shapes = spec.dims() | dict.fromkeys(extra)
         try:
-            with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints half of a graph that it refuses
+            with torch.no_grad(), redirect_stderr(io.StringIO()), quiet_recurrence():  # torch prints half of what it refuses
                 kwargs = {**spec.examples, **extra}
                 return torch.export.export(model, (), kwargs=kwargs, dynamic_shapes=shapes, strict=False), spec
         except Exception as error:  # a model's own code may raise anything
@@ -77,6 +78,14 @@ def _export(model: nn.Module, spec: Inputs, extra: Mapping[str, Any]) -> tuple[t
                 raise refused(error, type(model).__name__) from error
             spec = narrowed
     raise CaptureError(type(model).__name__, message="torch.export finds no range of sizes that it accepts")
+
+
+@contextmanager
+def quiet_recurrence() -> Iterator[None]:
+    """Keep torch's warning off the terminal that its own recurrent layers hold a list of their weights."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights", category=UserWarning)
+        yield
 
 
 def narrow(spec: Inputs, refusal: str) -> Inputs | None:

@@ -2,15 +2,17 @@
 
 import operator
 from collections.abc import Callable, Iterable, Set
+from typing import TYPE_CHECKING
 
 from torch import Tensor, fx, nn
 
-from lrc.program.sites import Use
+if TYPE_CHECKING:
+    from lrc.program.sites import Use
 
 Aliases = Callable[[str], Iterable[str]]
 
 
-def raise_uses(graph_module: fx.GraphModule, uses: Iterable[Use], taken: Set[str], aliases: Aliases) -> None:
+def raise_uses(graph_module: fx.GraphModule, uses: "Iterable[Use]", taken: Set[str], aliases: Aliases) -> None:
     """Turn the ATen nodes of a site's uses into calls of the modules that they name.
 
     taken: the names where maps stand. Tensors below the new ones that are still read get another name: that of a tie
@@ -79,7 +81,7 @@ def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
     """
     for part in [user for user in node.users if user.target is operator.getitem and not user.users]:
         graph.erase_node(part)
-    if node.users or node.op == "placeholder":
+    if node.users or node.op == "placeholder" or node._erased:
         return
     reads = node.all_input_nodes
     graph.erase_node(node)

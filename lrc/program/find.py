@@ -11,6 +11,7 @@ from lrc.program.convs import match_conv
 from lrc.program.linears import match_linear
 from lrc.program.lookups import match_lookup
 from lrc.program.products import FLIPS, PASSES, Product, stored
+from lrc.program.recurrences import nodes_inside
 
 MATCHERS = (match_linear, match_conv, match_lookup, match_bag)
 
@@ -43,9 +44,14 @@ def shared_lookups(graph: fx.Graph, products: Sequence[Product], tensors: Mappin
     return found
 
 
-def consumers(graph: fx.Graph, products: Sequence[Product], tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return, for every stored matrix, the other operations that read it, by their plain names."""
-    ours = inside(products)
+def consumers(
+    graph: fx.Graph, products: Sequence[Product], tensors: Mapping[str, Tensor], recurrent: Iterable[str] = ()
+) -> dict[str, list[str]]:
+    """Return, for every stored matrix, the other operations that read it, by their plain names.
+
+    recurrent: the nodes of recurrent operators whose weights are sites.
+    """
+    ours = inside(products) | nodes_inside(graph, recurrent)
     found: dict[str, list[str]] = {}
     for node in graph.nodes:
         if node.op != "call_function" or node in ours or node.target in FLIPS | PASSES:

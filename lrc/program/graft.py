@@ -17,9 +17,9 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
 
     The tree is new, its tensors are not: everything that no pass touched is shared with `model`, and the maps are those of
     the program, so training one view trains the other; where the program is frozen but for adapters, so is the tree. `model`
-    itself is not changed. `nn.MultiheadAttention`, which calls its weights by itself, is replaced as a whole. A head that was
-    tied to an embedding and got a map of its own is untied in the config. Raises LowerError for a site that has no module in
-    `model`.
+    itself is not changed. `nn.MultiheadAttention`, `nn.LSTM` and the like, which call their weights by themselves, are
+    replaced as a whole. A head that was tied to an embedding and got a map of its own is untied in the config. Raises
+    LowerError for a site that has no module in `model`.
     """
     source = program.origin.model if model is None else model
     if source is None:

@@ -5,8 +5,8 @@ switched off; only the rate of the dropout inside fused attention is lost. That 
 user's module, in training mode, whose attention nodes are the same ones in the same order. The eval graph is not changed.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ TRAINING = {  # the place of the argument that says `training`
     aten.alpha_dropout.default: 2,
     aten.feature_alpha_dropout.default: 2,
     aten.batch_norm.default: 5,
+    aten.lstm.input: 6,
+    aten.gru.input: 6,
+    aten.rnn_tanh.input: 6,
+    aten.rnn_relu.input: 6,
 }
 RUNNING = slice(3, 5)  # of batch_norm's arguments: the running mean and variance
 DROPOUT_P = 4  # of scaled_dot_product_attention's arguments
@@ -42,10 +46,21 @@ class TrainingGraph:
     running: frozenset[str]
 
 
-def training_graph(program: Program, *, dropout: bool = True, batch_norm: bool = True) -> TrainingGraph:
+@dataclass(frozen=True)
+class Rates:
+    """The dropout rates of fused attention in training mode, by the names of its nodes, and what could not be found out."""
+
+    of: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def training_graph(
+    program: Program, *, dropout: bool = True, batch_norm: bool = True, rates: Rates | None = None
+) -> TrainingGraph:
     """Return the training mode of a program. batch_norm: use and update the statistics of batches, as in training.
 
-    Run it with the seed of torch's default generator set: the random numbers are those that the user's module draws.
+    rates: what `attention_rates` found, which takes a second capture, where that is known already. Run it with the seed of
+    torch's default generator set: the random numbers are those that the user's module draws.
     """
     twin = program.clone().graph_module
     notes: list[str] = []
@@ -61,7 +76,11 @@ def training_graph(program: Program, *, dropout: bool = True, batch_norm: bool =
             if names and not node.args[6]:
                 notes.append(f"{node.name}: the running statistics stay: their momentum is not in the graph")
     if dropout:
-        _attention(program, twin, notes)
+        found = rates or attention_rates(program)
+        notes += found.notes
+        for node in _attentions(twin.graph):
+            if found.of.get(node.name):
+                _set(node, DROPOUT_P, found.of[node.name], "dropout_p")
     twin.graph.lint()
     twin.recompile()
     return TrainingGraph(twin, tuple(notes), frozenset(running))
@@ -73,33 +92,26 @@ def running_statistics(program: Program) -> frozenset[str]:
     return frozenset(str(n.target) for node in nodes for n in node.args[RUNNING] if isinstance(n, fx.Node))
 
 
-def _attention(program: Program, twin: fx.GraphModule, notes: list[str]) -> None:
-    """Give fused attention the dropout rates of the module's training mode."""
-    here = list(_attentions(twin.graph))
+def attention_rates(program: Program) -> Rates:
+    """Return the dropout rates that fused attention has in the module's training mode."""
+    graph_here = program.graph_module.graph
+    here = list(_attentions(graph_here))
     model = program.origin.model
     if model is None:
-        if here:
-            notes.append("dropout inside attention is off: the graph was given without the module that knows its rate")
-        return
+        why = "dropout inside attention is off: the graph was given without the module that knows its rate"
+        return Rates(notes=(why,) if here else ())
     try:
         graph = _in_training(program, model)
     except Exception as error:  # a model's own code may raise anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        notes.append(f"dropout inside attention is off: the module does not export in training mode: {first}")
-        return
+        return Rates(notes=(f"dropout inside attention is off: the module does not export in training mode: {first}",))
     there = list(_attentions(graph))
     if [_where(node) for node in here] != [_where(node) for node in there]:
-        notes.append("dropout inside attention is off: the module computes attention in another way while it trains")
-        return
-    for ours, theirs in zip(here, there, strict=True):
-        rate = _argument(theirs, DROPOUT_P, "dropout_p", 0.0)
-        if rate:
-            _set(ours, DROPOUT_P, rate, "dropout_p")
-    unseen = _count(graph) - _count(twin.graph)
-    if unseen > 0:
-        notes.append(
-            f"{unseen} random operations of the training mode (stochastic depth and the like) are not in the graph: off"
-        )
+        return Rates(notes=("dropout inside attention is off: the module computes attention in another way while it trains",))
+    found = {ours.name: float(_argument(theirs, DROPOUT_P, "dropout_p", 0.0)) for ours, theirs in zip(here, there, strict=True)}
+    unseen = _count(graph) - _count(graph_here)
+    more = f"{unseen} random operations of the training mode (stochastic depth and the like) are not in the graph: off"
+    return Rates(found, (more,) if unseen > 0 else ())
 
 
 def _in_training(program: Program, model: nn.Module) -> fx.Graph:

@@ -44,7 +44,7 @@ def linked_sites(program: Program, fqns: Sequence[str]) -> list[Linked]:
         if fqn not in twin.maps:
             twin.replace(fqn, twin.map_of(fqn), settle=False)
     twin.settle()
-    sites = {fqn: twin.site(fqn) for fqn in fqns if len(twin.site(fqn).uses) == 1}
+    sites = {fqn: site for fqn in fqns if len((site := twin.site(fqn)).uses) == 1 and not site.looped}
     at = {site.uses[0].node: site for site in sites.values()}
     found = [*_attentions(twin, at), *_mlps(twin, sites, at)]
     taken: set[str] = set()

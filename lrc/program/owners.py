@@ -7,9 +7,12 @@ from torch import nn
 
 from lrc.maps import LinearMap
 from lrc.program.attention import MappedAttention
+from lrc.program.recurrent_modules import MappedGRU, MappedLSTM, MappedRNN
 
-OWNERS: Mapping[type[nn.Module], Callable[[Any], Any]] = {nn.MultiheadAttention: MappedAttention.of}
-MAPPED = (MappedAttention,)
+OWNERS: Mapping[type[nn.Module], Callable[[Any], Any]] = {
+    nn.MultiheadAttention: MappedAttention.of, nn.LSTM: MappedLSTM.of, nn.GRU: MappedGRU.of, nn.RNN: MappedRNN.of,
+}  # fmt: skip
+MAPPED = (MappedAttention, MappedLSTM, MappedGRU, MappedRNN)
 
 
 def owned(model: nn.Module, fqn: str) -> bool:
@@ -25,7 +28,8 @@ def owned(model: nn.Module, fqn: str) -> bool:
 def place(model: nn.Module, fqn: str, made: nn.Module) -> None:
     """Put a map or a norm at a name: in place of the module there, or of the weight of that name in a module of several.
 
-    Such a module (`nn.MultiheadAttention`) is replaced by one that calls maps. Raises AttributeError where there is neither.
+    Such a module (`nn.MultiheadAttention`, `nn.LSTM`) is replaced by one that calls maps. Raises AttributeError where there is
+    neither.
     """
     owner, _, name = fqn.rpartition(".")
     if not owned(model, fqn):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lrc.program.program import Program
-from lrc.program.stored import stored_tensors
+from lrc.program.stored import standing, stored_tensors
 
 
 def own(program: Program, trained: Collection[str], updated: Collection[str] = ()) -> dict[str, nn.Parameter]:
@@ -29,8 +29,7 @@ def own(program: Program, trained: Collection[str], updated: Collection[str] = (
     program.graph_module = copy.deepcopy(program.graph_module, memo)
     program.__dict__.pop("nodes", None)
     for fqn in program.maps:
-        first = program.site(fqn).uses[0].module
-        program.maps[fqn] = program.graph_module.get_submodule(first)  # type: ignore[assignment]  # a map stands there
+        program.maps[fqn] = standing(program.graph_module, program.site(fqn).uses[0].module)
     mapped = {use.module for fqn in program.maps for use in program.site(fqn).uses}
     changed = {n for n in (*trained, *updated) if not any(n.startswith(f"{module}.") for module in mapped)}
     program.changed |= changed

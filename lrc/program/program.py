@@ -13,13 +13,16 @@ from torch.utils import _pytree as pytree
 
 from lrc.errors import SiteError, UsageError
 from lrc.maps import LinearMap, frozen_base, looked_up
+from lrc.maps.recurrence import Recurrence
 from lrc.program.adapted import Adapted
 from lrc.program.edits import put, raise_uses
 from lrc.program.find import consumers, find_products
 from lrc.program.inputs import Inputs
 from lrc.program.late import LateGraphModule, compiled
+from lrc.program.loops import write_out
+from lrc.program.recurrences import Recurrent, find_recurrent
 from lrc.program.sites import Names, Site, find_sites
-from lrc.program.stored import named_tensors, stored_tensors
+from lrc.program.stored import named_tensors, standing, stored_size, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Program:
     that the user's modules keep and that are others now, by module and name. adapters: what is remembered of the adapters
     among the maps; frozen: nothing but adapters is trained; raised: the sites whose nodes are calls; changed: names of stored
     tensors outside of maps that passes (training, measured statistics) gave other values than the captured module's.
+    recurrent: the operators of recurrent layers, by their nodes, written out or not.
     """
 
     graph_module: fx.GraphModule
@@ -81,11 +85,14 @@ class Program:
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
     raised: set[str] = field(default_factory=set)
+    recurrent: dict[str, Recurrent] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.originals:
             self.originals = stored_tensors(self.graph_module)
-            self.sites = find_sites(self, self.graph_module.graph, self.originals, self.names)
+            graph = self.graph_module.graph
+            self.recurrent = find_recurrent(graph, self.originals)
+            self.sites = find_sites(self, graph, self.originals, self.names, self.recurrent)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Run the graph on the inputs, by name or as the captured module takes them; return tensors by name."""
@@ -160,7 +167,7 @@ class Program:
             own = made if use.bias == first else made.with_bias(self._own_bias(made, first, use.bias))
             if own is not made and own.bias is not None:
                 own.bias.requires_grad_(not self.frozen)
-            put(self.graph_module, use.module, own)
+            put(self.graph_module, use.module, own if use.cell is None else Recurrence(own, use.cell))
         if shape != site.shape:
             self.sites[fqn] = replace(site, shape=shape)
         if settle:
@@ -171,6 +178,7 @@ class Program:
 
         `replace` does it by itself: many sites together are faster.
         """
+        write_out(self, fqns)
         uses = [use for fqn in fqns if fqn not in self.maps and fqn not in self.raised for use in self.site(fqn).uses]
         if uses:
             taken = {use.module for raised in {*self.maps, *self.raised} for use in self.site(raised).uses}
@@ -220,8 +228,7 @@ class Program:
 
     def placed(self, fqn: str) -> dict[str, LinearMap]:
         """Return what stands at each module name of a raised site: one map, with the own bias of each use."""
-        placed: dict[str, Any] = {use.module: self.graph_module.get_submodule(use.module) for use in self.site(fqn).uses}
-        return placed
+        return {use.module: standing(self.graph_module, use.module) for use in self.site(fqn).uses}
 
     def _own_bias(self, made: LinearMap, first: str | None, own: str | None) -> nn.Parameter | None:
         """Return this use's bias, moved by as much as the map's bias moved from that of the first use."""
@@ -236,7 +243,7 @@ class Program:
         """Return the operations that read stored matrices of two or more dimensions and are no sites, by plain names."""
         graph = self.graph_module.graph
         named = dict(named_tensors(self.graph_module, remove_duplicate=False))
-        found = consumers(graph, find_products(graph, named), named)
+        found = consumers(graph, find_products(graph, named), named, self.recurrent)
         return sorted({name for names in found.values() for name in names})
 
     def clone(self) -> "Program":
@@ -245,7 +252,7 @@ class Program:
         made = replace(
             self, graph_module=twin, maps=dict(self.maps), made_by=dict(self.made_by), modules=dict(self.modules),
             inserted=dict(self.inserted), attributes={name: dict(own) for name, own in self.attributes.items()},
-            adapters=dict(self.adapters), raised=set(self.raised),
+            adapters=dict(self.adapters), raised=set(self.raised), recurrent=dict(self.recurrent),
         )  # fmt: skip
         made.sites = {fqn: replace(site, program=made) for fqn, site in self.sites.items()}
         return made
@@ -256,12 +263,7 @@ class Program:
 
     def size(self) -> tuple[int, int]:
         """Return the program's stored numbers, packed ones too, and all its stored bytes."""
-        modules = list(self.graph_module.modules())
-        held = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
-        tensors = list({id(t): t for t in held}.values())
-        numbers = sum(t.numel() for t in tensors if t.is_floating_point())
-        numbers += sum(module.packed_numbers for module in modules if isinstance(module, LinearMap))
-        return numbers, sum(t.nbytes for t in tensors)
+        return stored_size(self.graph_module)
 
     def digest(self) -> str:
         """Return the hash of the graph and of every number in it, 64 hexadecimal digits."""

@@ -1,6 +1,6 @@
 """Sites: the weights of a program at their places, found by storage and shape, never by a table of model names."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from lrc.maps import JointRows, Layout, LinearMap, Rows
+from lrc.maps.recurrence import Cell
 from lrc.program.find import consumers, find_products, inside, shared_lookups
 from lrc.program.products import Product
+from lrc.program.recurrences import TYPES as RECURRENT
+from lrc.program.recurrences import Recurrent
 
 if TYPE_CHECKING:
     from lrc.program.program import Program
@@ -28,7 +31,9 @@ class Use:
 
     module: the name under which the map stands in the graph and in the user's module; node: the node that gives the
     output; input: the node that is read; bias: the name of this use's own bias, or None; context: the other nodes that the
-    map is given, by the names of its arguments. layout: how it reads the weight, where not as its site does.
+    map is given, by the names of its arguments. layout: how it reads the weight, where not as its site does. cell: the loop
+    over time that the weight is in; `node` is then the loop, which reads `input`, and what the weight itself reads and gives
+    at all times are the nodes `inside`.
     """
 
     module: str
@@ -37,6 +42,18 @@ class Use:
     bias: str | None = None
     context: tuple[tuple[str, str], ...] = ()
     layout: Layout | None = None
+    cell: Cell | None = None
+    inside: tuple[str, str] | None = None
+
+    @property
+    def reads(self) -> str:
+        """The node whose value the weight multiplies."""
+        return self.inside[0] if self.inside else self.input
+
+    @property
+    def gives(self) -> str:
+        """The node with the shape and the gradient of what the weight gives."""
+        return self.inside[1] if self.inside else self.node
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,11 @@ class Site:
         if not self.lookups:
             raise ValueError(f"{self.fqn} shares no table")
         return replace(self, uses=self.uses + self.lookups, lookups=(), tied=(), layout=JointRows())
+
+    @property
+    def looped(self) -> bool:
+        """Whether the weight multiplies the hidden states of a recurrent layer, step by step."""
+        return any(use.cell is not None for use in self.uses)
 
     @property
     def out_features(self) -> int:
@@ -141,10 +163,12 @@ class Names:
         return self.aliases.get(self.canonical.get(name, name), ())
 
 
-def find_sites(program: "Program", graph: fx.Graph, tensors: Mapping[str, Tensor], names: Names) -> dict[str, Site]:
-    """Return the sites of a graph, by name, in model order."""
+def find_sites(
+    program: "Program", graph: fx.Graph, tensors: Mapping[str, Tensor], names: Names, recurrent: Mapping[str, Recurrent]
+) -> dict[str, Site]:
+    """Return the sites of a graph, by name, in model order. recurrent: its recurrent operators, by their nodes."""
     products = find_products(graph, tensors)
-    others = consumers(graph, products, tensors)
+    others = consumers(graph, products, tensors, recurrent)
     tables = shared_lookups(graph, products, tensors)
     busy = _modules_that_do_more(graph, [*products, *(product for found in tables.values() for product in found)])
     grouped: dict[str, list[Product]] = {}
@@ -155,6 +179,7 @@ def find_sites(program: "Program", graph: fx.Graph, tensors: Mapping[str, Tensor
     for weight, group in grouped.items():
         made = _site(program, weight, group, names, tensors, order, others.get(weight, []), busy)
         sites.append(_with_lookups(made, tables.get(weight, []), names, others.get(weight, []), busy))
+    sites += _recurrent_sites(program, recurrent.values(), names, tensors)
     sites.sort(key=lambda site: order.get(f"{site.fqn}.weight", order[site.weight_name]))
     return {site.fqn: site for site in sites}
 
@@ -189,6 +214,28 @@ def _site(
         tied=tuple(sorted(set(others))),
         has_module=all(owner[2] for owner, _ in placed),
     )
+
+
+def _recurrent_sites(
+    program: "Program", recurrent: Iterable[Recurrent], names: Names, tensors: Mapping[str, Tensor]
+) -> list[Site]:
+    """Return the weights of recurrent layers, of the inputs and of the hidden states; one site a weight."""
+    uses: dict[str, list[Use]] = {}
+    kinds: dict[str, str] = {}
+    for part in (part for one in recurrent for part in one.directions):
+        of_inputs = Use("", part.gates, part.reads, part.input_bias)
+        inside = (part.read, part.tap)
+        of_states = Use("", part.states, part.gates, part.hidden_bias, part.context(), cell=part.cell, inside=inside)
+        for weight, use in ((part.input_weight, of_inputs), (part.hidden_weight, of_states)):
+            uses.setdefault(weight, []).append(replace(use, module=names.aliases[names.canonical[weight]][0]))
+            kinds[weight] = RECURRENT[part.cell.kind]
+    return [
+        Site(
+            program, own[0].module, weight, (tensors[weight].shape[0], tensors[weight].shape[1]), tensors[weight].dtype,
+            Rows(), kinds[weight], tuple(own), has_module=False,
+        )
+        for weight, own in uses.items()
+    ]  # fmt: skip
 
 
 def _with_lookups(site: Site, tables: Sequence[Product], names: Names, others: Sequence[str], busy: Set[str | None]) -> Site:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrc.maps import LinearMap, RmsNorm
+from lrc.maps.recurrence import Recurrence
 from lrc.program.find import plain_name
 
 if TYPE_CHECKING:
@@ -78,6 +79,9 @@ class _Writer:
         if isinstance(made, RmsNorm):
             yield self.norm_line(node, made, note)
             return
+        if isinstance(made, Recurrence):
+            yield self.loop_line(node, made, note)
+            return
         traced = _trace(made, node)
         given = iter([node.args[0], *node.kwargs.values()])
         inner: dict[fx.Node, str] = {}
@@ -98,6 +102,16 @@ class _Writer:
         self.values[node] = name
         constants = f"features={made.features}, eps={made.eps:g}"
         return f"{name}: {self.type_of(node)} = rms_norm({self.value(node.args[0])}, {constants})  {note}"
+
+    def loop_line(self, node: fx.Node, made: Recurrence, note: str) -> str:
+        """Return the line of a loop over time: what it reads, and the tensors of its map."""
+        name = f"%{self.count}"
+        self.count += 1
+        self.values[node] = name
+        reads = [self.value(read) for read in (node.args[0], *node.kwargs.values())]
+        held = [self.stored(f"{node.target}.{key}") for key in made.state_dict()]
+        back = ", reverse" if made.cell.reverse else ""
+        return f"{name}: {self.type_of(node)} = {made.cell.kind}_loop({', '.join([*reads, *held])}{back})  {note}"
 
     def line(self, node: fx.Node, values: dict[fx.Node, str], note: str) -> str:
         name = f"%{self.count}"

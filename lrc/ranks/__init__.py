@@ -19,6 +19,7 @@ from lrc.ranks.base import (
 )
 from lrc.ranks.budgets import (
     Allocation,
+    BytesKept,
     FlopsKept,
     Judge,
     LatencyKept,
@@ -29,6 +30,7 @@ from lrc.ranks.budgets import (
     SizeMb,
     Tried,
     Verdict,
+    bytes_kept,
     flops_kept,
     latency_kept,
     latency_ms,
@@ -41,6 +43,7 @@ from lrc.ranks.fronts import Front
 from lrc.ranks.joint import GroupCurve, measured_of
 from lrc.ranks.learned import LearnedAllocation
 from lrc.ranks.mixed import MixedCurve
+from lrc.ranks.options import OptionsCurve
 from lrc.ranks.policies import (
     BreakevenRank,
     EnergyRank,
@@ -60,6 +63,7 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
     fraction_rank,
     breakeven_rank,
     size_mb,
+    bytes_kept,
     flops_kept,
     latency_kept,
     latency_ms,
@@ -69,7 +73,7 @@ BUILTIN: tuple[Rule[Any, Any], ...] = (
 
 
 def allocate_ranks(
-    curves: Sequence[SiteCurve | GroupCurve | MixedCurve],
+    curves: Sequence[SiteCurve | GroupCurve | MixedCurve | OptionsCurve],
     options: RankPolicy,
     *,
     allocate: AllocatorOptions | str = "auto",
@@ -77,18 +81,22 @@ def allocate_ranks(
     rest: int = 0,
     judge: Judge | None = None,
     search: Search | None = None,
+    key: str = "rank",
 ) -> Allocation:
     """Return every site's (or group's) rank and form, or the reason why it stays dense, and what there is to note.
 
     allocate: the options of an allocator, or its name. rest: bytes of the model beside what the sites free. judge: measures
     the model of some choices, for a budget of quality. search: what improves an allocation with the model at hand (`learned`).
+    key: how the spec names the budget, for messages.
     """
     rule = RANKS.for_options(options)
     if type(options).budget:
         chosen = settled(allocate, additive=all(curve.additive for curve in curves))
-        found: Allocation = rule(curves, options, Setting(chosen, round_to, rest, judge, search))
+        found: Allocation = rule(curves, options, Setting(chosen, round_to, rest, judge, search, key))
         return found
-    alone = [curve for curve in curves if not isinstance(curve, MixedCurve)]  # these are offered under a budget alone
+    alone = [
+        curve for curve in curves if not isinstance(curve, MixedCurve | OptionsCurve)
+    ]  # these are offered under a budget alone
     return Allocation({curve.name: _worth(curve, rounded(rule(curve, options), round_to)) for curve in alone})
 
 
@@ -145,6 +153,7 @@ __all__ = [
     "Auto",
     "BreakevenRank",
     "Budget",
+    "BytesKept",
     "Candidates",
     "Choice",
     "Contribution",
@@ -163,6 +172,7 @@ __all__ = [
     "LearnedAllocation",
     "MixedCurve",
     "Offer",
+    "OptionsCurve",
     "ParamsKept",
     "ProductForm",
     "Quality",

@@ -13,9 +13,10 @@ from lrc.ranks.base import Choice, RankPolicy, SiteCurve, rank_policy
 from lrc.ranks.candidates import Budget, Candidates, Places, Unit, total_cost
 from lrc.ranks.joint import GroupCurve
 from lrc.ranks.mixed import MixedCurve
+from lrc.ranks.options import OptionsCurve
 from lrc.spec.registry import ALLOCATORS
 
-Curve = SiteCurve | GroupCurve | MixedCurve
+Curve = SiteCurve | GroupCurve | MixedCurve | OptionsCurve
 Search = Callable[[Sequence[Candidates], Budget, Sequence[int]], Places]  # from the places of another allocator
 
 
@@ -37,7 +38,7 @@ class Setting:
     """What stands beside a budget: who shares it, the multiple that ranks are of, and the bytes of the rest of the model.
 
     judge: makes the model of some choices and measures it; only a budget of quality asks for it. search: what improves the
-    places of `allocate` with the model at hand, where they are learned.
+    places of `allocate` with the model at hand, where they are learned. key: how the spec names the budget, `rank` or `budget`.
     """
 
     allocate: AllocatorOptions
@@ -45,6 +46,7 @@ class Setting:
     rest: int = 0
     judge: Judge | None = None
     search: Search | None = None
+    key: str = "rank"
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,24 @@ def size_mb(curves: Sequence[Curve], options: SizeMb, setting: Setting) -> Alloc
     amount = math.floor(options.size_mb * 1e6 + 1e-6) - setting.rest
     least, whole = total_cost(sites, [0] * len(sites)), sum(float(site.costs[-1]) for site in sites)
     if least > amount:
-        raise refusal("size_mb", (least + setting.rest) / 1e6, options.size_mb)
+        raise refusal(f"{setting.key}.size_mb", (least + setting.rest) / 1e6, options.size_mb)
     return share_out(sites, Budget(amount, min(1.0, amount / whole) if whole else 1.0), setting, "bytes")
+
+
+class BytesKept(BudgetPolicy):
+    """Keep a fraction of the stored bytes of all targets together, biases beside."""
+
+    bytes_kept: float = Field(gt=0, le=1, description="kept fraction of the weights' bytes, no unit")
+    unit: ClassVar[Unit] = "bytes"
+
+
+@rank_policy(BytesKept)
+def bytes_kept(curves: Sequence[Curve], options: BytesKept, setting: Setting) -> Allocation:
+    """Return a rank for every site such that all together store at most `options.bytes_kept` of their bytes of now.
+
+    Raises UsageError when not even the smallest ranks fit.
+    """
+    return kept_share(curves, options, "bytes_kept", options.bytes_kept, setting)
 
 
 class FlopsKept(BudgetPolicy):
@@ -166,7 +184,7 @@ def within_amount(curves: Sequence[Curve], options: RankPolicy, key: str, amount
     whole = fixed + sum(float(site.costs[-1]) for site in sites)
     least = fixed + total_cost(sites, [0] * len(sites))
     if least > amount:
-        raise refusal(key, least, amount)
+        raise refusal(f"{setting.key}.{key}", least, amount)
     return share_out(sites, Budget(amount - fixed, min(1.0, amount / whole) if whole else 1.0), setting, options.unit)
 
 
@@ -183,7 +201,7 @@ def within_share(curves: Sequence[Curve], unit: Unit, kept: float, setting: Sett
     amount = kept * whole * (1 + 1e-12)  # so that rounding does not refuse a share that is met exactly
     least = fixed + total_cost(sites, [0] * len(sites))
     if least > amount:
-        raise refusal(key, least / whole, kept)
+        raise refusal(f"{setting.key}.{key}", least / whole, kept)
     return share_out(sites, Budget(amount - fixed, kept), setting, unit)
 
 
@@ -191,8 +209,9 @@ def refusal(key: str, least: float, got: float) -> UsageError:
     """Return the error of a budget that not even the smallest ranks fit; it names one that they fit."""
     digits = 10 ** (3 - math.floor(math.log10(least)))  # four of them, rounded up
     least = math.ceil(least * digits) / digits
-    which = "fastest" if key.startswith("latency") else "smallest"
-    return UsageError(f"rank.{key}", expected=f"at least {least:g} (the {which} ranks everywhere)", got=f"{got:g}")
+    which = "fastest" if ".latency" in key else "smallest"
+    what = "ranks" if key.startswith("rank.") else "options"
+    return UsageError(key, expected=f"at least {least:g} (the {which} {what} everywhere)", got=f"{got:g}")
 
 
 WORTH: dict[Unit, str] = {

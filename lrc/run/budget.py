@@ -13,7 +13,7 @@ from lrc.measure import digest
 from lrc.measure.operators import NOISE, PRESENT, bucket, measure_operators
 from lrc.measure.workload import Shapes, rows_per_sample, shapes_at, shapes_per_use, typical
 from lrc.program import Program, Site
-from lrc.ranks import Front, GroupCurve, QualityBudget, SiteCurve, Times, Unit, allocate_ranks, measured_ranks
+from lrc.ranks import Front, GroupCurve, OptionsCurve, QualityBudget, SiteCurve, Times, Unit, allocate_ranks, measured_ranks
 from lrc.ranks.base import NOISE as MARGIN
 from lrc.run.plan import Decision
 from lrc.run.session import Session
@@ -21,7 +21,8 @@ from lrc.run.statistics import outline_of
 from lrc.run.summary import outline
 
 Table = dict[str, float]
-Curves = Mapping[str, SiteCurve] | Mapping[str, GroupCurve] | Mapping[str, SiteCurve | GroupCurve]
+Curves = Mapping[str, SiteCurve] | Mapping[str, GroupCurve] | Mapping[str, SiteCurve | GroupCurve] | Mapping[str, OptionsCurve]
+OfProducts = Mapping[str, SiteCurve] | Mapping[str, GroupCurve] | Mapping[str, SiteCurve | GroupCurve]
 
 
 def check_shapes(program: Program, session: Session, options: Any) -> None:
@@ -62,32 +63,44 @@ def priced(program: Program, session: Session, options: Any, curves: Mapping[str
 def timed(
     program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve], at: Shapes
 ) -> dict[str, SiteCurve]:
-    """Return the curves with the time of each site at the shapes `at`; sites that are alike are measured once."""
+    """Return the curves with the time of each site at the shapes `at`."""
+    structures = {fqn: operators(program.sites[fqn], curve, options.round_to) for fqn, curve in curves.items()}
+    tables = tables_of(program, session, structures, at)
+    found = {fqn: with_times(curve, tables[fqn]) for fqn, curve in curves.items()}
+    warn(session, max((curve.times.noise for curve in found.values() if curve.times is not None), default=0.0))
+    return found
+
+
+def tables_of(
+    program: Program, session: Session, structures: Mapping[str, Mapping[str, Structure]], at: Shapes
+) -> dict[str, list[Table]]:
+    """Return the times of the structures of every site, in ms, a table for each of its uses; alike ones are measured once."""
     device = next(iter(program.tensors().values())).device
     model = read_in_a_run(program)
-    wanted: dict[str, tuple[dict[str, Structure], tuple[int, ...], Site]] = {}
+    wanted: dict[str, tuple[Mapping[str, Structure], tuple[int, ...], Site]] = {}
     uses: dict[str, list[str]] = {}
-    for fqn, curve in curves.items():
+    for fqn, of_site in structures.items():
         site = program.sites[fqn]
-        structures = operators(site, curve, options.round_to)
         for shape in shapes_per_use(program, site, at):
-            key = digest(structures, shape, site.dtype, bucket(model - read_at(site)))
-            wanted[key] = (structures, shape, site)
+            key = digest(of_site, shape, site.dtype, bucket(model - read_at(site)))
+            wanted[key] = (of_site, shape, site)
             uses.setdefault(fqn, []).append(key)
     tables = {
         key: measure_operators(
-            session.cache, structures, shape, indices=indices(site), dtype=site.dtype, device=device,
+            session.cache, of_site, shape, indices=indices(site), dtype=site.dtype, device=device,
             between=model - read_at(site),
         )
-        for key, (structures, shape, site) in session.track("time", wanted.items())
+        for key, (of_site, shape, site) in session.track("time", wanted.items())
     }  # fmt: skip
-    found = {fqn: with_times(curve, [tables[key] for key in uses[fqn]]) for fqn, curve in curves.items()}
-    noise = max((curve.times.noise for curve in found.values() if curve.times is not None), default=0.0)
+    return {fqn: [tables[key] for key in keys] for fqn, keys in uses.items()}
+
+
+def warn(session: Session, noise: float) -> None:
+    """Note in the plan that measured times are uncertain, where they are."""
     if noise > MARGIN:
         session.notices.append(
             f"times on this device are uncertain by up to {noise:.1%}: a layer stays dense where its gain is not larger"
         )
-    return found
 
 
 def read_in_a_run(program: Program) -> int:
@@ -167,14 +180,14 @@ def rest_of(program: Program, curves: Curves) -> int:
     return program.size()[1] - int(sum(curve.present("bytes") for curve in curves.values()))
 
 
-def with_latency(options: Any, curves: Curves, decision: Decision) -> Decision:
+def with_latency(options: Any, curves: OfProducts, decision: Decision) -> Decision:
     """Return a decision with its measured times, where the budget is one of time."""
     if unit_of(options) != "ms" or decision.name not in curves:
         return decision
     return replace(decision, latency=costs(curves[decision.name], "ms", decision))
 
 
-def spent(options: Any, curves: Curves, decisions: Iterable[Decision]) -> list[str]:
+def spent(options: Any, curves: OfProducts, decisions: Iterable[Decision]) -> list[str]:
     """Return a line for the plan on what no other line of it shows: FLOPs per sample, or time."""
     unit = unit_of(options)
     if unit not in ("flops", "ms"):

@@ -20,13 +20,14 @@ from lrc.spec.registry import (
     RECIPES,
     SOLVERS,
     SPLITTERS,
+    WAYS,
     Registry,
 )
 
 REGISTRIES: dict[str, Registry] = {
-    "passes": PASSES, "solvers": SOLVERS, "splitters": SPLITTERS, "pruners": PRUNERS, "ranks": RANKS, "allocators": ALLOCATORS,
-    "adapters": ADAPTERS, "initialisers": INITIALISERS, "optimizers": OPTIMIZERS, "objectives": OBJECTIVES, "recipes": RECIPES,
-    "metrics": METRICS, "exports": EXPORTERS,
+    "passes": PASSES, "solvers": SOLVERS, "splitters": SPLITTERS, "pruners": PRUNERS, "ways": WAYS, "ranks": RANKS,
+    "allocators": ALLOCATORS, "adapters": ADAPTERS, "initialisers": INITIALISERS, "optimizers": OPTIMIZERS,
+    "objectives": OBJECTIVES, "recipes": RECIPES, "metrics": METRICS, "exports": EXPORTERS,
 }  # fmt: skip
 
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, fx
 
 from lrc.maps import LinearMap
+from lrc.maps.recurrence import Recurrence, recur
 from lrc.program import Program
+from lrc.program.recurrences import KINDS
 
 aten = torch.ops.aten
 CONVOLUTIONS = {
@@ -33,11 +35,18 @@ class _Counter(fx.Interpreter):
         made, value = self.fetch_attr(target), super().call_module(target, args, kwargs)
         if isinstance(made, LinearMap):
             self.flops += made.cost(value.numel() // made.out_features).flops
+        elif isinstance(made, Recurrence):
+            self.flops += made.map.cost(value[0].shape[:-1].numel()).flops
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().call_function(target, args, kwargs)
-        if target == aten.linear.default:
+        if target in KINDS:
+            weights = sum(param.numel() for param in args[2] if param.ndim == 2)
+            self.flops += 2 * weights * value[0].shape[:-1].numel()
+        elif target == recur:
+            self.flops += 2 * args[5].numel() * value[0].shape[:-1].numel()
+        elif target == aten.linear.default:
             self.flops += 2 * value.numel() * args[1].shape[1]
         elif target in CONVOLUTIONS:
             self.flops += 2 * value.numel() * args[1][0].numel()

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from lrc.program import Program, Site
+from lrc.program.loops import put_back, write_out
 from lrc.run.passes import needs_of, pass_for
 from lrc.run.plan import Decision, Plan
 from lrc.run.points import difference
@@ -16,6 +17,7 @@ from lrc.solvers import Need
 def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan:
     """Say what the passes would do. `program` is not changed; a pass sees what the passes before it would leave."""
     twin = program.clone()
+    write_out(twin)
     session.original = program
     before = program.size()
     decisions: list[Decision] = []
@@ -40,6 +42,7 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
 def run_passes(program: Program, passes: Sequence[Any], session: Session, original: Program | None = None) -> Plan:
     """Rewrite `program` as the passes decide; return the plan as it was carried out. original: a copy from before."""
     session.original = original or program.clone()
+    write_out(program)
     before = program.size()
     decisions: list[Decision] = []
     for index, options in enumerate(passes):
@@ -47,6 +50,7 @@ def run_passes(program: Program, passes: Sequence[Any], session: Session, origin
         decide = getattr(made, "plan_bare", made.plan)
         decided = decide(program, session, options, index)
         decisions += made.apply(program, session, options, decided)
+    put_back(program)
     after = program.size()
     return finished(Plan(tuple(decisions), (before[0], after[0]), (before[1], after[1])), program, passes, session)
 
@@ -66,18 +70,19 @@ def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, sessio
     """Return the predicted peak of memory in bytes, beside the interpreter and its libraries.
 
     The weights once, as they were (the rewritten ones take the place of the old), the float64 moments of all sites of the
-    pass that needs most (inputs that sites share once), and for every worker eight float64 matrices of the largest weight.
+    pass that needs most (inputs that sites share once), and for every worker eight float64 matrices of the largest weight; or
+    what a training step takes, where that is more.
     """
     most = 0
     for index, options in enumerate(passes):
         sites = [program.sites[fqn] for d in plan.of_pass(index) for fqn in d.sites if fqn in program.sites]
         needs = needs_of(options)
-        grams = {site.uses[0].input: gram_numbers(site) for site in sites} if Need.INPUTS in needs else {}
+        grams = {site.uses[0].reads: gram_numbers(site) for site in sites} if Need.INPUTS in needs else {}
         fishers = sum(site.out_features**2 for site in sites) if Need.GRADIENTS in needs else 0
         fishers += sum(site.out_features * site.in_features for site in sites) if Need.WEIGHT_FISHER in needs else 0
         largest = max((site.out_features * site.in_features for site in sites), default=0)
         most = max(most, 8 * (sum(grams.values()) + fishers) + 64 * session.workers * largest)
-    return plan.bytes[0] + most
+    return max(plan.bytes[0] + most, *session.step_memory.values(), 0)
 
 
 def gram_numbers(site: Site) -> int:

@@ -48,6 +48,7 @@ class Session:
     the decisions (shadowed patterns, how a budget was shared); points: the budgets that were tried. evaluation: how the spec
     judges; pareto: which budgets it wants to see beside its own. allow_code: whether code that the spec names may run.
     original: the program before the passes, for those that look back at it. training: a record of every pass that trained.
+    step_memory: of such a pass, by its place, the predicted peak of a step in bytes, the weights included.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Session:
         self.allow_code = allow_code
         self.original: Program | None = None
         self.training: list[dict[str, Any]] = []
+        self.step_memory: dict[int, int] = {}
         self.by_block = by_block
         self._make_batches = batches
         self._batches: Batches | None = None

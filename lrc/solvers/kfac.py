@@ -40,11 +40,10 @@ class KfacSolver(InputsOptions, FocusOptions):
         description="Under a budget of size or FLOPs, with `form: auto`, let MLPs and attentions become narrower, as "
         "`modular` does, where that is predicted to lose less.",
     )
-    modules_factor: float = Field(
-        default=1.5,
-        gt=0,
+    modules_factor: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto",
         description="How many times the predicted loss of a narrower module counts beside that of its matrices: the second "
-        "order sees less of what behind a nonlinearity is lost at once.",
+        "order sees less of what is lost at once; auto: 1 for `fisher: outputs`, whose loss is quadratic, else 1.5.",
     )
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS, Need.GRADIENTS})
 
@@ -54,6 +53,12 @@ class KfacSolver(InputsOptions, FocusOptions):
             return None
         damping = 1.0 if self.damping_out == "auto" else self.damping_out
         return ModularSolver(fisher=self.fisher, focus=self.focus, damping_in=self.damping_in, damping_out=damping)
+
+    def settled(self, *, logits: bool) -> Self:
+        """Return the options with what depends on whose gradients are taken settled."""
+        made = super().settled(logits=logits)
+        factor = (1.0 if made.fisher == "outputs" else 1.5) if made.modules_factor == "auto" else made.modules_factor
+        return made.model_copy(update={"modules_factor": factor})
 
     def at(self, kind: str) -> Self:
         """Return the options with the damping of G settled for a kind of site."""

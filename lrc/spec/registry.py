@@ -159,6 +159,7 @@ def plain(options: SpecModel | None) -> dict[str, Any] | None:
 PASSES = Registry("pass", "lrc.passes")
 SOLVERS = Registry("solver", "lrc.solvers")
 SPLITTERS = Registry("splitter", "lrc.splitters")
+WAYS = Registry("way", "lrc.ways")
 PRUNERS = Registry("pruning method", "lrc.pruners")
 ADAPTERS = Registry("adapter", "lrc.adapters")
 INITIALISERS = Registry("initialiser", "lrc.initialisers")

@@ -82,6 +82,11 @@ class Examples:
         places = torch.randperm(len(batches), generator=generator).tolist()
         return [batches[i] for i in places]
 
+    def numbers(self, places: Sequence[int]) -> int:
+        """Return how many positions the batch of these examples has, padded ones too."""
+        lengths = [first.shape[0] if first.ndim else 1 for first in (next(iter(self.items[i].values())) for i in places)]
+        return len(lengths) * max(lengths)
+
     def batch(self, places: Sequence[int]) -> Batch:
         """Return examples as one batch, padded at the end; the second texts of pairs follow after all the first ones."""
         chosen = [self.items[i] for i in places]

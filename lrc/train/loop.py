@@ -1,8 +1,9 @@
 """The training loop: batches, losses, steps, validation, checkpoints. Random numbers follow from seed and step alone."""
 
+import copy
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from lrc.data import Batch
 from lrc.errors import DataError, TrainError
 from lrc.train.checkpoint import Checkpoints
 from lrc.train.data import Examples
+from lrc.train.memory import Watch
 from lrc.train.recipes.base import Recipe
 from lrc.train.schedule import Schedule
 
@@ -62,6 +64,7 @@ class Loop:
 
     module: is put into training mode for a step and into eval mode else; buffers: what else a step changes (running
     statistics). in_backward: the optimizer steps while gradients are computed (`PerLayer`). report: told the steps done.
+    grown: bytes that a step allocated at most, measured once, at the largest batch of an epoch.
     """
 
     module: nn.Module
@@ -80,6 +83,7 @@ class Loop:
     best: dict[str, Any] | None = None
     rates: list[float] = field(default_factory=list)
     epochs: dict[int, list[list[int]]] = field(default_factory=dict)
+    grown: int | None = None
 
     def run(self) -> list[Row]:
         """Train to the last step, or until validation stops gaining; return what happened at every step.
@@ -98,8 +102,10 @@ class Loop:
             done = self.restore()
             steps = self.settings.steps
             self.report(done, steps)
+            watched = self.heaviest(done, per_epoch)
             while done < steps and not self.stopped():
-                self.history.append(self.step(done, per_epoch))
+                with self.watching() if done == watched else nullcontext():
+                    self.history.append(self.step(done, per_epoch))
                 done += 1
                 if self.validation and (done % self.validation.every == 0 or done == steps):
                     self.validate(done)
@@ -110,6 +116,24 @@ class Loop:
             self.load(self.best["parameters"], self.best["buffers"])
         self.module.eval()
         return self.history
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Measure what is allocated meanwhile."""
+        with Watch() as watch:
+            yield
+        self.grown = watch.peak
+
+    def heaviest(self, done: int, per_epoch: int) -> int:
+        """Return the step of the next epoch, but the next one (states are made there), that has the largest batch."""
+        each = self.settings.accumulate
+
+        def size(step: int) -> int:
+            batches = [self.batches_of(i // per_epoch)[i % per_epoch] for i in range(step * each, (step + 1) * each)]
+            return max(self.examples.numbers(places) for places in batches)
+
+        ahead = range(done + 1, min(self.settings.steps, done + 1 + max(1, per_epoch // each)))
+        return max(ahead, key=size, default=self.settings.steps - 1)
 
     def batches_of(self, epoch: int) -> list[list[int]]:
         """Return the batches of an epoch; only the last ones asked for are remembered."""
@@ -145,6 +169,7 @@ class Loop:
         row = {"step": float(done + 1), "loss": total, "lr": self.optimizer.param_groups[0]["lr"]}
         if not self.in_backward:
             row["grad_norm"] = self.clipped(done)
+            self.recipe.graded(done)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.recipe.after(done)
@@ -182,7 +207,7 @@ class Loop:
             raise self.failure(done, f"the validation figure is {value}")
         sign = 1 if self.validation.greater else -1
         if self.best is None or sign * value > sign * self.best["value"]:
-            self.best = {"value": value, "step": done, **self.tensors()}
+            self.best = {"value": value, "step": done, **copy.deepcopy(self.tensors())}
 
     def stopped(self) -> bool:
         """Say whether validation has not gained for as long as the patience lasts."""
@@ -193,10 +218,10 @@ class Loop:
         return sum(step > best for step in measured) >= self.validation.patience
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return copies of everything that training changes in the model."""
+        """Return everything that training changes in the model."""
         return {
-            "parameters": {name: p.detach().clone() for name, p in self.parameters.items()},
-            "buffers": {name: b.detach().clone() for name, b in self.buffers.items()},
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "buffers": {name: b.detach() for name, b in self.buffers.items()},
         }
 
     def state(self, done: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def tapped(program: Program, graph_module: fx.GraphModule, fqns: list[str]) -> t
     outputs = graph.graph_copy(graph_module.graph, copied)
     assert isinstance(outputs, Mapping), "a program returns a mapping"
     nodes = {node.name: copied[node] for node in graph_module.graph.nodes if node in copied}
-    taps = {f"{fqn}#{use.node}": nodes[use.node] for fqn in fqns for use in program.site(fqn).uses}
+    taps = {f"{fqn}#{use.node}": nodes[use.gives] for fqn in fqns for use in program.site(fqn).uses}
     graph.output({**outputs, **taps})
     graph.lint()
     return fx.GraphModule(graph_module, graph), tuple(taps)

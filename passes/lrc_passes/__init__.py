@@ -1,6 +1,7 @@
 """The rewriting rules that come with lrc. A third-party pass enters by the same door, the entry points `lrc.passes`."""
 
 from lrc_passes.adapt import AdaptPass
+from lrc_passes.auto import auto
 from lrc_passes.factorize import factorize
 from lrc_passes.fold_norms import FoldNormsPass
 from lrc_passes.load_adapter import LoadAdapterPass
@@ -13,6 +14,6 @@ from lrc_passes.split import split
 from lrc_passes.train import TrainPass
 
 BUILTIN = (
-    AdaptPass, factorize, FoldNormsPass, LoadAdapterPass, merge, PrunePass, quantize, ReestimateNormsPass, SlicePass,
+    AdaptPass, auto, factorize, FoldNormsPass, LoadAdapterPass, merge, PrunePass, quantize, ReestimateNormsPass, SlicePass,
     split, TrainPass,
 )  # fmt: skip

@@ -61,7 +61,7 @@ def shared_by_input(program: Program, observers: Mapping[str, Observer], wanted:
     shared = {}
     for fqn, observer in observers.items():
         site = program.sites[fqn]
-        key = (tuple(use.input for use in site.uses), site.kind == "linear" or site.layout, wanted[fqn])
+        key = (tuple(use.reads for use in site.uses), site.kind == "linear" or site.layout, wanted[fqn])
         shared[fqn] = first.setdefault(key, observer)
     return shared
 

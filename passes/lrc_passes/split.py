@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from lrc.errors import UsageError
 from lrc.formats import NumberFormat
-from lrc.maps import Chain, LinearMap, Quantized, Rows, Sparse, Sum
+from lrc.maps import Chain, LinearMap, Quantized, Rows, Scale, Sparse, SparseLowRank, Sum
 from lrc.program import Program, Site
 from lrc.ranks import FixedRank, ParamsKept, RankField
 from lrc.ranks.knapsack import cheapest_choice
@@ -163,13 +163,21 @@ def split(site: Site, statistics: Statistics, options: Split, generator: torch.G
     rest = rest_of(found, options.solver)
     made: LinearMap
     if found.A.shape[0]:
-        made = Sum(Chain(found.B, found.A), rest, names=("low_rank", "rest"), bias=bias)
+        kind = SparseLowRank if isinstance(rest, Sparse) else Sum
+        made = kind(product_of(found), rest, names=("low_rank", "rest"), bias=bias)
     else:
         made = rest.with_bias(None if bias is None else torch.nn.Parameter(bias))
     if made.cost().bytes >= site.map.cost().bytes:
         return Keep(f"the split needs no fewer bytes: {made.cost().bytes}, the dense weight {site.map.cost().bytes}")
+    error = () if found.error is None else (f"relative error {found.error:.2%} in the splitter's norm",)
     runs = (rest.runs,) if isinstance(rest, Sparse) else ()
-    return Rewrite(made, (f"relative error {found.error:.2%} in the splitter's norm", *found.notes, *runs))
+    return Rewrite(made, (*error, *found.notes, *runs))
+
+
+def product_of(found: SplitParts) -> LinearMap:
+    """Return the product as a map, behind its constant where there is one."""
+    product = Chain(found.B, found.A)
+    return product if found.scaling == 1.0 else Scale(product, found.scaling)
 
 
 def parts(site: Site, statistics: Statistics, options: Split, generator: torch.Generator) -> SplitParts | Keep:

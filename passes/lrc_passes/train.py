@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lrc.data import Request
 from lrc.errors import UsageError
 from lrc.measure import digest
 from lrc.program import Program
@@ -30,7 +29,7 @@ from lrc.run.summary import summarize
 from lrc.spec.base import SpecModel
 from lrc.spec.registry import METRICS, OBJECTIVES, OPTIMIZERS, RECIPES, Registered
 from lrc.train.checkpoint import Checkpoints
-from lrc.train.data import DataField, Examples, TrainData, load_examples, of_batches
+from lrc.train.data import DataField, Examples
 from lrc.train.loop import Loop, Settings
 from lrc.train.objectives import ObjectiveOptions
 from lrc.train.optim import OptimizerOptions, PerLayer, Trained
@@ -38,7 +37,8 @@ from lrc.train.optim.adamw import AdamWOptions
 from lrc.train.recipes import Context, Recipe, RecipeOptions
 from lrc.train.schedule import Schedule, ScheduleField
 from lrc.train.select import Which, as_trained, trained_names
-from lrc_passes.train_run import Judge, Runs
+from lrc_passes.train_memory import measured, predict
+from lrc_passes.train_run import Judge, Runs, examples_of
 
 
 class ValidationSpec(SpecModel):
@@ -90,6 +90,10 @@ class Train(PassOptions):
         default=False,
         description="Update every parameter as soon as its gradient is known; needs `clip: null`, `accumulate: 1`.",
     )
+    checkpointing: bool = Field(
+        default=False,
+        description="Compute the activations of repeated blocks again in the backward pass: less memory, more time.",
+    )
     seed: int = Field(default=0, ge=0, description="Of the order of the data, dropout and all else.")
     checkpoint_every: int = Field(default=100, ge=1, description="Steps between two checkpoints.")
     recipe: Annotated[RecipeOptions | None, Registered(RECIPES, optional=True)] = Field(
@@ -124,7 +128,8 @@ class TrainPass:
     def plan(self, program: Program, session: Session, options: Train, index: int) -> Sequence[Decision]:
         """Return a decision for every site with trained numbers. Raises UsageError when there is nothing to train."""
         chosen = chosen_sites(program, session, options, index)
-        names = set(trained_names(program, list(chosen), options.parameters, options.also, session.where(index)))
+        everything = trained_names(program, list(chosen), options.parameters, options.also, session.where(index))
+        names = set(everything)
         tensors = program.tensors()
         decisions = []
         for fqn, site in program.sites.items():
@@ -140,6 +145,7 @@ class TrainPass:
         if names:
             count = sum(tensors[n].numel() for n in names)
             session.notices.append(f"train: {len(names)} tensors outside all sites are trained too, {count} numbers")
+        predict(Runs.of(program, session, options, [d.sites[0] for d in decisions]), everything, index)
         return decisions
 
     def apply(self, program: Program, session: Session, options: Train, decisions: Sequence[Decision]) -> Sequence[Decision]:
@@ -166,7 +172,7 @@ class TrainPass:
         )  # fmt: skip
         history = loop.run()
         session.notices += [f"train: {note}" for note in recipe.finish()]
-        session.training.append(record(options, names, parameters, history, loop))
+        session.training.append(record(options, names, parameters, history, loop) | {"memory": measured(runs, loop, index)})
         session.notices.append(f"train: {told(loop, history)}")
         return [replace(d, after=summarize(program.map_of(d.sites[0]))) for d in decisions]
 
@@ -212,17 +218,6 @@ def chosen_sites(program: Program, session: Session, options: Train, index: int)
     if options.targets == ["**"] and not options.ignore:
         return dict.fromkeys(program.sites, "**")
     return {s.fqn: s.rule for s in select_sites(program, session, options, index) if not s.keep}
-
-
-def examples_of(program: Program, session: Session, options: Train, data: TrainData | None) -> Examples:
-    """Read training or validation data as the objective reads it; without any, the calibration batches sample by sample."""
-    request = Request(
-        dataset="calibration", inputs=list(program.inputs.examples), task=program.task, tokenizer=program.origin.folder,
-        base=session.base, seed=options.seed, allow_code=session.allow_code,
-    )  # fmt: skip
-    if data is None:
-        return of_batches(session.batches, request)
-    return load_examples(request, data, options.objective.reads)
 
 
 def run_key(program: Program, session: Session, options: Train, examples: Examples, names: Sequence[str]) -> str:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from lrc.data import Batch, Request
 from lrc.data.text import load_tokenizer
 from lrc.errors import DataError
+from lrc.measure import digest
 from lrc.program import Program
-from lrc.program.modes import training_graph
+from lrc.program.modes import Rates, attention_rates, training_graph
 from lrc.run import Session
 from lrc.spec.registry import METRICS, OBJECTIVES
-from lrc.train.data import Examples
+from lrc.train.blocks import in_blocks
+from lrc.train.data import Examples, TrainData, load_examples, of_batches
 from lrc.train.loop import Validation
 from lrc.train.objectives import Step
 from lrc.train.taps import tapped
@@ -39,23 +41,29 @@ class Runs:
     @classmethod
     def of(cls, program: Program, session: Session, options: Any, fqns: Sequence[str]) -> "Runs":
         """Make the modules; they share every tensor with the program."""
-        made = training_graph(program, dropout=options.dropout, batch_norm=options.batch_norm == "update")
-        student, judged = made.module, program.graph_module
+        rates = attention_rates_of(program, session) if options.dropout else None
+        made = training_graph(program, dropout=options.dropout, batch_norm=options.batch_norm == "update", rates=rates)
+        graph, judged = made.module, program.graph_module
         teacher = session.original.graph_module if session.original is not None and options.objective.teacher else None
         taps: tuple[str, ...] = ()
         if options.objective.taps:
-            student, taps = tapped(program, student, list(fqns))
+            graph, taps = tapped(program, graph, list(fqns))
             judged, _ = tapped(program, judged, list(fqns))
             if session.original is not None:
                 teacher, _ = tapped(session.original, session.original.graph_module, list(fqns))
         gates = [
             f"{name}.{own}"
-            for name, module in student.named_modules()
+            for name, module in graph.named_modules()
             if getattr(module, "word", None) == "gate"
             for own, _ in module.named_parameters(recurse=False)
             if own != "bias"
         ]
-        return cls(student, judged, teacher, program, options, session, made.notes, taps, tuple(gates), tuple(fqns))
+        notes = made.notes
+        student: nn.Module = graph
+        if options.checkpointing:
+            student = blocks = in_blocks(program, graph, recompute=True)
+            notes += tuple(blocks.notes)
+        return cls(student, judged, teacher, program, options, session, notes, taps, tuple(gates), tuple(fqns))
 
     def loss(self, batch: Batch, generator: torch.Generator, *, judged: bool = False) -> Tensor:
         """Return the objective's loss of a batch, in training or in eval mode."""
@@ -85,6 +93,33 @@ class Runs:
             return None, 0
         tokenizer: Any = load_tokenizer(folder)
         return tokenizer.mask_token_id, len(tokenizer)
+
+
+def attention_rates_of(program: Program, session: Session) -> Rates:
+    """Return the dropout rates inside attention; the second capture that this takes is made once a run."""
+    nodes = program.graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+    )
+    key = f"attention rates of {id(program.origin.model)}: {' '.join(node.name for node in nodes)}"
+    if key not in session.memo:
+        session.memo[key] = attention_rates(program)
+    found: Rates = session.memo[key]
+    return found
+
+
+def examples_of(program: Program, session: Session, options: Any, data: TrainData | None) -> Examples:
+    """Read training or validation data as the objective reads it, once a run; without any, the calibration batches."""
+    request = Request(
+        dataset="calibration", inputs=list(program.inputs.examples), task=program.task, tokenizer=program.origin.folder,
+        base=session.base, seed=options.seed, allow_code=session.allow_code,
+    )  # fmt: skip
+    if data is None:
+        return of_batches(session.batches, request)
+    key = digest("examples", data, options.objective.reads, list(program.inputs.examples), options.seed)
+    if key not in session.memo:
+        session.memo[key] = load_examples(request, data, options.objective.reads)
+    found: Examples = session.memo[key]
+    return found
 
 
 class Judge:

@@ -156,7 +156,7 @@ def test_the_gradients_of_a_sparse_map_are_right(pattern: str) -> None:
     x = randn(1, 2, 18, seed=3).requires_grad_()
 
     def apply(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        return packed_linear(x, bias, Packed(made.spread, made._gathered, made._csr_product if few else None), values)
+        return packed_linear(x, bias, Packed(made.spread, made.gathered, made._csr_product if few else None), values)
 
     given = (x, made.values.detach().clone().requires_grad_(), randn(4, seed=5).requires_grad_())
     assert torch.autograd.gradcheck(apply, given)

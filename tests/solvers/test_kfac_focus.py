@@ -47,6 +47,11 @@ def test_what_is_left_to_the_model_is_settled_by_whether_it_has_logits(
     assert made.settled(logits=not logits) == made
 
 
+@pytest.mark.parametrize(("options", "factor"), [({}, 1.5), ({"fisher": "outputs"}, 1.0), ({"modules_factor": 2}, 2.0)])
+def test_narrower_modules_count_for_more_where_the_loss_is_not_quadratic(options: dict[str, Any], factor: float) -> None:
+    assert kfac.options(**options).settled(logits=True).modules_factor == factor
+
+
 @pytest.mark.parametrize("focus", [-0.1, 1.1, "all"])
 def test_a_focus_out_of_range_is_refused(focus: float | str) -> None:
     with pytest.raises(ValidationError):

@@ -69,7 +69,7 @@ class Flow:
 
     def module(self, node: fx.Node) -> Value:
         """Return the labels of what a map gives."""
-        if node.name not in self.uses:
+        if node.name not in self.uses or self.uses[node.name][0].kind not in SITE_RULES:
             self.fix_inputs(node, f"{node.target} reads it")
             return self.plain(node)
         site, use = self.uses[node.name]

@@ -73,8 +73,9 @@ class Groups:
 def find_groups(program: Program) -> Groups:
     """Return what can be cut from a program, which is not changed."""
     twin = program.clone()
-    for fqn, site in twin.sites.items():
-        if fqn not in twin.maps:
+    nodes = set(twin.nodes)
+    for fqn, site in twin.sites.items():  # recurrent layers are one operator, whose weights have no nodes
+        if fqn not in twin.maps and all(use.node in nodes for use in site.uses):
             twin.replace(fqn, site.map, settle=False)
     twin.__dict__.pop("nodes", None)
     flow = Flow(twin)

@@ -20,23 +20,24 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Split:
-    """W ≈ B @ A + rest.
+    """W ≈ scaling * B @ A + rest.
 
     B: (out_features, rank), A: (rank, in_features), rest: (out_features, in_features), in the weight's dtype. support: where
     a sparse rest may be other than zero, bool, or None. encoded: a quantised rest as it is stored, or None. error:
-    ||W - B A - rest|| over ||W||, in the splitter's own norm. history: that norm, absolute, after every iteration. loss: its
-    square for the parts that are returned, which adds up over matrices.
+    ||W - scaling B A - rest|| over ||W||, in the splitter's own norm; None for parts that do not come from W. history: that
+    norm, absolute, after every iteration. loss: its square for the parts that are returned, which adds up over matrices.
     """
 
     B: Tensor
     A: Tensor
     rest: Tensor
     support: Tensor | None
-    error: float
+    error: float | None
     history: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
     encoded: Encoded | None = None
     loss: float = 0.0
+    scaling: float = 1.0
 
 
 class SplitterOptions(Tagged):

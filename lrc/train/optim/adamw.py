@@ -7,6 +7,7 @@ from pydantic import Field
 
 from lrc.train.optim.adam import Adam
 from lrc.train.optim.base import OptimizerOptions, Trained, optimizer
+from lrc.train.optim.quantized import moment_bytes
 
 
 class AdamWOptions(OptimizerOptions):
@@ -21,6 +22,10 @@ class Adam8bitOptions(OptimizerOptions):
     type: Literal["adamw8bit"] = "adamw8bit"
     eps: float = Field(default=1e-6, ge=0, description="Added to the root of the mean square.")
 
+    def state_bytes(self, shape: torch.Size, itemsize: int) -> int:
+        """Return the bytes of two moments in codes."""
+        return 2 * moment_bytes(shape.numel(), itemsize, 8)
+
 
 class SGDOptions(OptimizerOptions):
     """`torch.optim.SGD`."""
@@ -28,6 +33,10 @@ class SGDOptions(OptimizerOptions):
     type: Literal["sgd"] = "sgd"
     lr: float = Field(default=1e-2, ge=0, description="Learning rate.")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="Of the running mean of the gradients.")
+
+    def state_bytes(self, shape: torch.Size, itemsize: int) -> int:
+        """Return the bytes of the momentum, if there is one."""
+        return shape.numel() * itemsize if self.momentum else 0
 
     def arguments(self) -> dict[str, Any]:
         """Return the options without those of Adam."""

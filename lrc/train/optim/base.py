@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -25,6 +26,10 @@ class OptimizerOptions(Tagged):
     eps: float = Field(default=1e-8, ge=0, description="Added to the root of the mean square.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled; matrices alone decay, not biases, norms and gates.")
     per_layer: ClassVar[bool] = True
+
+    def state_bytes(self, shape: torch.Size, itemsize: int) -> int:
+        """Return the bytes of the state of a parameter: two numbers for each of its own, where nothing else is said."""
+        return 2 * shape.numel() * itemsize
 
     def arguments(self) -> dict[str, Any]:
         """Return the options as keyword arguments of the optimiser's class."""

@@ -83,6 +83,10 @@ class FiraOptions(GaLoreOptions):
     )
     scaling: Scaling = Field(default="vector", description="One factor for every row or column of the gradient, or one in all.")
 
+    def state_bytes(self, shape: torch.Size, itemsize: int) -> int:
+        """Return the bytes of GaLore's state and of the residual's norm."""
+        return super().state_bytes(shape, itemsize) + (itemsize if len(shape) > 1 else 0)
+
 
 @optimizer(FiraOptions)
 def fira(trained: Trained, options: FiraOptions) -> Fira:

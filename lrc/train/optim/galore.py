@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from lrc.train.optim.adam import Adam, Params
 from lrc.train.optim.base import OptimizerOptions, Trained, optimizer
 from lrc.train.optim.projection import SIDES, ProjType, basis, down, side_of, up
+from lrc.train.optim.quantized import moment_bytes
 
 
 class GaLore(Adam):
@@ -71,6 +73,16 @@ class GaLoreOptions(OptimizerOptions):
     scale: float = Field(default=0.25, gt=0, description="Factor of the step that comes back from the subspace.")
     proj_type: ProjType = Field(default="std", description="Side that is projected; std: the shorter one.")
     state_bits: Literal[8, 32] = Field(default=32, description="Bits of the moments.")
+
+    def state_bytes(self, shape: torch.Size, itemsize: int) -> int:
+        """Return the bytes of the subspace and of the moments inside it."""
+        if len(shape) < 2:
+            return 2 * moment_bytes(shape.numel(), itemsize, self.state_bits)
+        m, n = shape[0], shape.numel() // shape[0]
+        rank, side = min(self.rank, m, n), side_of(m, n, self.proj_type)
+        inside = {"left": rank * n, "right": m * rank, "full": rank * rank}[side]
+        bases = (m * rank if side != "right" else 0) + (rank * n if side != "left" else 0)
+        return bases * itemsize + 2 * moment_bytes(inside, itemsize, self.state_bits)
 
 
 @optimizer(GaLoreOptions)

@@ -142,6 +142,10 @@ class ProximalSGDOptions(ProximalOptions):
         """Return the options without those of Adam."""
         return self.model_dump(exclude={"type", "betas", "eps"})
 
+    def state_bytes(self, shape: torch.Size, itemsize: int) -> int:
+        """Return the bytes of the momentum, if there is one."""
+        return shape.numel() * itemsize if self.momentum else 0
+
 
 @optimizer(ProximalAdamWOptions)
 def proximal_adamw(trained: Trained, options: ProximalAdamWOptions) -> ProximalAdamW:

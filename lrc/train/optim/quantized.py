@@ -56,6 +56,11 @@ def dequantize(codes: Tensor, scale: Tensor, shape: torch.Size, kind: Codes) -> 
     return (values * scale.repeat_interleave(BLOCK)[: values.numel()]).view(shape)
 
 
+def moment_bytes(numbers: int, itemsize: int, bits: int) -> int:
+    """Return the bytes that a moment of so many numbers is stored in."""
+    return numbers + 4 * -(-numbers // BLOCK) if bits == 8 else numbers * itemsize
+
+
 def read_moment(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
     """Return a moment as it may be changed in place; zeros of the shape and dtype of `like` before the first step."""
     if name in state:
