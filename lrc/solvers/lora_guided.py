@@ -22,7 +22,8 @@ def guided_entries(weight: Tensor, gradient: Tensor, power: int = 1) -> Tensor:
 
 def normalised(sums: Tensor) -> Tensor:
     """Return the scores of a module's units over their length, so that all modules of a group count alike."""
-    return sums / (sums.norm() + 1e-8)
+    length: Tensor = sums.norm()
+    return sums / (length + 1e-8)
 
 
 def pruned_share(step: int, steps: int, *, initial: float, final: float, warmup: float, cooldown: float) -> float:

@@ -103,7 +103,8 @@ class Ledger:
             self.fix(part.labels, reason, weak=weak)
             return None
         self.tie(part.labels, part.labels.take([0], axis))
-        return Part(part.dims[:axis] + part.dims[axis + 1 :], part.labels.take(0, axis), part.drawn)
+        first: Array = part.labels[(slice(None),) * axis + (0,)]
+        return Part(part.dims[:axis] + part.dims[axis + 1 :], first, part.drawn)
 
     def collapsed(self, axes: Axes, dims: Sequence[int], reason: str, *, weak: bool = False) -> Axes:
         """Return a value none of whose `dims` can be cut alone."""
