@@ -15,6 +15,7 @@ from torch import Tensor
 from lrc.maps import LinearMap
 from lrc.solvers import Decomposition
 from lrc.solvers.base import Norm
+from lrc.solvers.feedback import Feedback
 from lrc.spec.base import Tagged
 from lrc.spec.registry import WAYS, Rule
 
@@ -73,6 +74,19 @@ class Target:
         return right.matrix @ right.matrix.T
 
     @cached_property
+    def feedback(self) -> Feedback:
+        """Rounding for these inputs."""
+        return Feedback(self.gram)
+
+    @cached_property
+    def roots(self) -> tuple[Tensor, Tensor]:
+        """K and L in float32: a loss needs no more digits, and there are many."""
+        left, right = (root.matrix if root else None for root in (self.norm.left, self.norm.right))
+        sides = zip((left, right), self.weight.shape, strict=True)
+        K, L = ((torch.eye(size) if side is None else side).float() for side, size in sides)
+        return K, L
+
+    @cached_property
     def outer(self) -> Tensor:
         """The diagonal of K Kᵀ, what errors of every output cost, (out_features,), float64."""
         left = self.norm.left
@@ -89,7 +103,9 @@ class Target:
         G and C are damped: without that, what is cut off along directions that a few samples did not see would seem to cost
         less than rounding, and does not on other samples (docs/auto.md, measured).
         """
-        return self.terms.scale * self.norm.loss(weight)
+        left, right = self.roots
+        error = (weight.double() - self.weight).float()
+        return self.terms.scale * float((left.T @ error @ right).double().square().sum())
 
     def finished(self, made: LinearMap) -> LinearMap:
         """Return a map with the site's bias, which makes up for the mean of what the map drops where inputs are centred."""

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from lrc.formats import FORMATS, FormatField, NormalFloat, NumberFormat
+from lrc.formats import FORMATS, FormatField, NumberFormat
 from lrc.maps import Chain, LinearMap
+from lrc.solvers.feedback import Feedback
 from lrc.ways.base import Target, Variant, WayOptions, shares_of, way
 from lrc.ways.factorize import Share
 from lrc.ways.quantize import label, packed
@@ -19,10 +20,10 @@ class FactorsWay(WayOptions):
 
     type: Literal["quantized_factors"] = "quantized_factors"
     ranks: list[Share] = Field(
-        default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8], min_length=1, description="Ranks, as shares of a weight's smaller side."
+        default=[0.1, 0.2, 0.3, 0.4, 0.5], min_length=1, description="Ranks, as shares of a weight's smaller side."
     )
     formats: list[FormatField] = Field(
-        default=[NormalFloat(bits=4), NormalFloat(bits=3), FORMATS["nf8"]],
+        default=[FORMATS["nf3"], FORMATS["nf4"]],
         min_length=1,
         description="How both factors are stored.",
     )
@@ -54,10 +55,10 @@ def packed_product(target: Target, B: torch.Tensor, A: torch.Tensor, wanted: tor
     A is rounded first, with C as the Gram matrix of its inputs; B is fitted anew to the rounded A, by least squares, and
     rounded with A C Aᵀ as that of its own.
     """
-    first = packed(A, target.gram, form, target)
+    first = packed(A, target.feedback, form, target.dtype, target.feedback.diagonal)
     rounded = first.exact().weight
     inner = rounded @ target.gram @ rounded.T
     inner.diagonal().add_(1e-6 * inner.diagonal().mean())
     fitted = torch.cholesky_solve((wanted @ target.gram @ rounded.T).T, torch.linalg.cholesky(inner)).T
     worth = target.outer[:, None] * inner.diagonal()
-    return Chain(packed(fitted, inner, form, target, worth=worth), first)
+    return Chain(packed(fitted, Feedback(inner), form, target.dtype, worth), first)

@@ -4,18 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from lrc.formats import FORMATS, FormatField, NormalFloat, NumberFormat
 from lrc.maps import LinearMap, Quantized
-from lrc.solvers.feedback import with_feedback
+from lrc.solvers.feedback import Feedback
 from lrc.ways.base import Target, Variant, WayOptions, way
 
 LADDER: tuple[NumberFormat, ...] = (
-    *(NormalFloat(bits=bits, block=block) for bits in (2, 3, 4) for block in (32, 64)),
-    NormalFloat(bits=8),
-    *(FORMATS[name] for name in ("int4", "int8")),
+    NormalFloat(bits=2, block=32),
+    NormalFloat(bits=3, block=32),
+    *(FORMATS[name] for name in ("nf2", "nf3", "nf4", "nf8", "int4", "int8")),
 )
 
 
@@ -44,16 +45,15 @@ class Rounded(Variant):
 @way(QuantizeWay)
 def quantize(target: Target, variant: Rounded) -> LinearMap:
     """Return the weight in the format."""
-    return packed(target.weight, target.gram, variant.form, target, variant.rounding)
+    if variant.rounding == "nearest":
+        return Quantized.of(target.weight.to(target.dtype), variant.form)
+    return packed(target.weight, target.feedback, variant.form, target.dtype, target.entries)
 
 
-def packed(
-    weight: Tensor, gram: Tensor, form: NumberFormat, target: Target, rounding: str = "feedback", worth: Tensor | None = None
-) -> Quantized:
-    """Return a matrix in a format, errors weighed by the Gram matrix of its inputs; worth: the weights of `fitted_scales`."""
+def packed(weight: Tensor, feedback: Feedback, form: NumberFormat, dtype: torch.dtype, worth: Tensor) -> Quantized:
+    """Return a matrix in a format, rounded with feedback; worth: the weights of `fitted_scales`."""
     shape = (weight.shape[0], weight.shape[1])
-    encoded = form.encode(weight) if rounding == "nearest" else with_feedback(weight, gram, form, worth)
-    return Quantized(encoded, shape, form, target.dtype)
+    return Quantized(feedback.encode(weight, form, worth), shape, form, dtype)
 
 
 def label(form: NumberFormat) -> str:

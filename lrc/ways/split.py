@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from lrc.formats import FORMATS, FormatField, NormalFloat, NumberFormat
+from lrc.formats import FORMATS, FormatField, NumberFormat
 from lrc.maps import LinearMap, Sum
 from lrc.solvers.terms import ordered_terms
 from lrc.ways.base import Target, Variant, WayOptions, shares_of, way
@@ -21,15 +21,15 @@ class SplitWay(WayOptions):
 
     type: Literal["split"] = "split"
     ranks: list[Share] = Field(
-        default=[0.02, 0.04, 0.08], min_length=1, description="Ranks of the product, as shares of a weight's smaller side."
+        default=[0.02, 0.05], min_length=1, description="Ranks of the product, as shares of a weight's smaller side."
     )
     formats: list[FormatField] = Field(
-        default=[NormalFloat(bits=2), NormalFloat(bits=3), NormalFloat(bits=4)],
+        default=[FORMATS["nf2"], FORMATS["nf3"], FORMATS["nf4"]],
         min_length=1,
         description="How the rest is stored.",
     )
     factors: FormatField = Field(default=FORMATS["nf8"], description="How the factors are stored.")
-    iterations: int = Field(default=2, ge=1, description="Turns of a product and a rest; the best one is taken.")
+    iterations: int = Field(default=1, ge=1, description="Turns of a product and a rest; the best one is taken.")
 
     def variants(self, out_features: int, in_features: int) -> Sequence["LowRankPlusRest"]:
         """Return every rank with every format of the rest."""
@@ -62,9 +62,9 @@ def split(target: Target, variant: LowRankPlusRest) -> LinearMap:
         B, A = ordered_terms(W - Q, norm.left, norm.right, variant.rank, torch.float64).product(variant.rank)
         product = packed_product(target, B, A, W - Q, variant.factors)
         rest = W - product.exact().weight
-        found = packed(rest, target.gram, variant.form, target, worth=target.entries)
+        found = packed(rest, target.feedback, variant.form, target.dtype, target.entries)
         Q = found.exact().weight
-        loss = norm.loss(product.exact().weight + Q)
+        loss = target.loss(product.exact().weight + Q)
         if best is None or loss < best[0]:
             best = loss, Sum(product, found, names=("low_rank", "rest"))
     assert best is not None, "there is at least one turn"

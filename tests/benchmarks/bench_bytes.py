@@ -1,85 +1,206 @@
-"""Quality against bytes: few bits, products, and sums of the two, on MiniLM (Spearman on STS-B) and SmolLM2-135M (perplexity).
+"""Quality against bytes: few bits, products, sums of the two, and `auto` at the same bytes as each of them.
 
-    python tests/benchmarks/bench_bytes.py [--model minilm smollm2] [--only nf4 lq3 …] [--seed 0]
+    python tests/benchmarks/bench_bytes.py [--model minilm smollm2 stories260k] [--only nf4 'lq 4' …] [--seeds 3]
+        [--auto 0.05 0.0625 …] [--plot bytes.svg] [--table bytes.md]
 
-Targets are the linears of all blocks; "mb" is what they take, in 10^6 bytes, "share" of what they took. Calibration as in
-`bench_minilm_quality.py` and `bench_smollm2.py`; the baseline is the dense model.
+MiniLM: Spearman on STS-B; SmolLM2-135M and the stories260k Llama: perplexity. Targets are the linears of all blocks; "mb" is
+what they take, in 10^6 bytes, "share" of what they took. Calibration as in `bench_minilm_quality.py` and `bench_smollm2.py`;
+of stories260k, windows of four stories, scored on the fifth. Another draw for every seed. `auto` is given the bytes of every
+other way that was run (`auto = nf4`), and the shares of `--auto`. The baseline is the dense model. Every row is printed when it
+is there, and appended to `bytes.jsonl` in the folder of the benchmarks; rows found there are not run again.
 """
 
 import argparse
+import json
+import random
+import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bench_stories260k
+import torch
 from bench_minilm_quality import LAYERS, score, sentences
 from bench_smollm2 import perplexity
 from common import WORK, minilm, shared, show, smollm2
 
 import lrc
+from lrc.report.svg import Axis, Series, chart
 
+Steps = list[dict[str, Any]]
+LOW: dict[str, Any] = {"rank": {"fraction": 0.0834}}
 FACTORIZE: dict[str, Any] = {"type": "factorize", "solver": {"type": "kfac"}}
-WAYS: dict[str, list[dict[str, Any]]] = {
+WHITENED: dict[str, Any] = {"type": "factorize", "solver": {"type": "whitened", "center": False}, "form": "two_factor"}
+WAYS: dict[str, Steps] = {
     "nf4": [{"type": "quantize", "format": "nf4"}],
     "nf3": [{"type": "quantize", "format": "nf3"}],
     "nf2": [{"type": "quantize", "format": "nf2"}],
     "int8": [{"type": "quantize", "format": "int8"}],
     "int4": [{"type": "quantize", "format": "int4"}],
-    "lq 4": [{"type": "split", "solver": {"type": "lq", "bits": 4.0, "iterations": 10}, "rank": {"fraction": 0.0834}}],
-    "lq 2.75": [{"type": "split", "solver": {"type": "lq", "bits": 2.75, "iterations": 10}, "rank": {"fraction": 0.0834}}],
-    "loftq nf3": [
-        {"type": "split", "solver": {"type": "loftq", "format": "nf3", "iterations": 5}, "rank": {"fraction": 0.0834}}
-    ],
+    "whitened 0.5": [WHITENED | {"rank": {"params_kept": 0.5}}],
+    "whitened 0.3": [WHITENED | {"rank": {"params_kept": 0.3}}],
     "kfac 0.5": [FACTORIZE | {"rank": {"params_kept": 0.5}}],
+    "lq 4": [{"type": "split", "solver": {"type": "lq", "bits": 4.0, "iterations": 10}, **LOW}],
+    "lq 2.75": [{"type": "split", "solver": {"type": "lq", "bits": 2.75, "iterations": 10}, **LOW}],
+    "loftq nf3": [{"type": "split", "solver": {"type": "loftq", "format": "nf3", "iterations": 5}, **LOW}],
     "kfac 0.5 + nf4": [FACTORIZE | {"rank": {"params_kept": 0.5}, "form": "two_factor"}, {"type": "quantize", "format": "nf4"}],
     "kfac 0.7 + nf4": [FACTORIZE | {"rank": {"params_kept": 0.7}, "form": "two_factor"}, {"type": "quantize", "format": "nf4"}],
     "oats 0.5": [
         {"type": "split", "solver": {"type": "oats", "iterations": 20}, "rank": {"params_kept": 0.5}, "rank_share": 0.25}
     ],
-    "slim 2:4": [{"type": "split", "solver": {"type": "slim", "pattern": "2:4"}, "rank": {"fraction": 0.0834}}],
+    "slim 2:4": [{"type": "split", "solver": {"type": "slim", "pattern": "2:4"}, **LOW}],
 }
+ASKED = ["nf4", "nf3", "nf2", "whitened 0.5", "lq 4", "lq 2.75", "oats 0.5"]  # by the issue that this is for
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, what is compressed in it, how it is calibrated and scored."""
+
+    program: Any
+    targets: Sequence[str]
+    fisher: str
+    calibrate: Callable[[int], dict[str, Any]]
+    quality: Callable[[Any], float]
+
+
+def subject_of(name: str, folder: Path) -> Subject:
+    if name == "minilm":
+        texts = {"dataset": str(sentences(folder)), "samples": 256, "max_length": 128}
+        return Subject(lrc.capture(str(minilm())), LAYERS, "outputs", lambda seed: {"calibration": texts | {"seed": seed}},
+                       lambda program: round(score(program, "dev"), 4))  # fmt: skip
+    if name == "smollm2":
+        stream = {"dataset": str(shared("wikitext2/wiki.valid.tokens")), "samples": 32, "max_length": 512, "batch_size": 2}
+        return Subject(lrc.capture(str(smollm2())), ["model.layers.**"], "labels",
+                       lambda seed: {"calibration": stream | {"seed": seed}},
+                       lambda program: round(perplexity(program), 2))  # fmt: skip
+    source = shared("stories260k")
+    stories = json.loads((source / "tinystories_sample_ids.json").read_text(encoding="utf-8"))
+
+    def drawn(seed: int) -> dict[str, Any]:
+        ids = [i for story in stories[:4] for i in story]
+        starts = random.Random(seed).sample(range(len(ids) - 256), 8)
+        return {"batches": [{"input_ids": torch.tensor([ids[start : start + 256]])} for start in starts]}
+
+    return Subject(lrc.capture(str(source)), ["model.layers.**"], "labels", drawn,
+                   lambda program: round(bench_stories260k.perplexity(program, stories[4:]), 3))  # fmt: skip
+
+
+def measured(subject: Subject, steps: Steps, seed: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    kfac = {"solver": {"type": "kfac", "fisher": subject.fisher}}
+    of_kfac = [
+        step.get("solver", {"type": "kfac"})["type"] == "kfac" and step["type"] in ("factorize", "auto") for step in steps
+    ]
+    passes = [
+        {**step, "targets": list(subject.targets), **(kfac if weighs else {})}
+        for step, weighs in zip(steps, of_kfac, strict=True)
+    ]
+    given = subject.calibrate(seed)
+    spec = {"version": 1, "passes": passes} | {k: v for k, v in given.items() if k == "calibration"}
+    extra = {"calibration": given["batches"]} if "batches" in given else {}
+    done = lrc.compile(subject.program, spec, cache=WORK / "cache", **extra)
+    seconds = time.perf_counter() - start
+    first = [d for d in done.plan.decisions if d.index == 0]
+    before = sum(d.before.bytes for d in first)
+    after = sum(done.program.sites[fqn].map.cost().bytes for d in first for fqn in d.sites)
+    row = {"mb": round(after / 1e6, 4), "share": after / before, "quality": subject.quality(done.program)}
+    if steps[0]["type"] == "auto":
+        chosen = [d.form or "kept" for d in first]
+        row["options"] = {name: chosen.count(name) for name in sorted(set(chosen))}
+        row["predicted"] = sum(d.predicted or 0.0 for d in first)
+    biases = sum(done.program.sites[fqn].map.bias_cost(1).bytes for d in first for fqn in d.sites)
+    return row | {"kept": (after - biases) / (before - biases), "seconds": round(seconds, 1)}
+
+
+def auto(kept: float) -> Steps:
+    return [{"type": "auto", "budget": {"bytes_kept": min(1.0, kept)}}]
+
+
+def plot(model: str, rows: list[dict[str, Any]], ways: Sequence[str]) -> str:
+    """Return the chart of mean quality against size."""
+    dense = [row["quality"] for row in rows if row["way"] == "dense"]
+    means = {way: mean_of(rows, way) for way in dict.fromkeys(row["way"] for row in rows) if way != "dense"}
+    series = [Series("auto", sorted((m["mb"], m["quality"]) for way, m in means.items() if way.startswith("auto")))]
+    series += [Series(way, [(means[way]["mb"], means[way]["quality"])], line=False) for way in ways if way in means]
+    name = "Spearman on STS-B dev" if model == "minilm" else "perplexity"
+    title = f"{model}: {name} against the size of its blocks' linears; dense {dense[0]}"
+    return chart(series, Axis("MB", log=True), Axis(name, log=model != "minilm"), title, alone=True)
+
+
+def mean_of(rows: list[dict[str, Any]], way: str) -> dict[str, float]:
+    found = [row for row in rows if row["way"] == way]
+    values = [row["quality"] for row in found]
+    spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return {"mb": statistics.mean(row["mb"] for row in found), "quality": statistics.mean(values), "error": spread}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a line for every way: size, mean quality and its standard error, and `auto` at the same bytes."""
+    lines = ["| way | MB | quality | auto, same bytes |", "|---|---|---|---|"]
+    ways = dict.fromkeys(row["way"] for row in rows)
+    for way in ways:
+        if not way.startswith("auto ="):
+            own, other = mean_of(rows, way), mean_of(rows, f"auto = {way}") if f"auto = {way}" in ways else None
+            said = f"{other['quality']:.4f} ± {other['error']:.4f}" if other else ""
+            lines.append(f"| {way} | {own['mb']:.2f} | {own['quality']:.4f} ± {own['error']:.4f} | {said} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", nargs="+", default=["minilm"], choices=["minilm", "smollm2"])
-    parser.add_argument("--only", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", nargs="+", default=["minilm"], choices=["minilm", "smollm2", "stories260k"])
+    parser.add_argument("--only", nargs="*", default=ASKED, choices=list(WAYS))
+    parser.add_argument("--auto", nargs="*", type=float, default=[], help="further shares of the bytes for auto")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        for model in options.model:
-            texts = {"dataset": str(sentences(Path(name))), "samples": 256, "max_length": 128, "seed": options.seed}
-            stream = {"dataset": str(shared("wikitext2/wiki.valid.tokens")), "samples": 32, "max_length": 512, "batch_size": 2}
-            small = model == "minilm"
-            program = lrc.capture(str(minilm() if small else smollm2()))
-            rows.append({"model": model, "way": "dense", "share": 1.0, "quality": quality(program, small)})
-            print(rows[-1], flush=True)
-            for way in options.only:
-                start = time.perf_counter()
-                kfac = {"type": "kfac", "fisher": "outputs" if small else "labels"}
-                targets = {"targets": LAYERS if small else ["model.layers.**"]}
-                steps = [
-                    step | targets | ({"solver": kfac} if step["type"] == "factorize" else {}) for step in WAYS[way]
-                ]  # fmt: skip
-                spec = {"version": 1, "calibration": texts if small else stream | {"seed": options.seed}, "passes": steps}
-                done = lrc.compile(program, spec, cache=WORK / "cache")
-                seconds = time.perf_counter() - start
-                first = [d for d in done.plan.decisions if d.index == 0]
-                names = [d.name for d in first]
-                before = sum(d.before.bytes for d in first)
-                after = sum(done.program.sites[fqn].map.cost().bytes for fqn in names)
-                rows.append({
-                    "model": model, "way": way, "mb": round(after / 1e6, 2), "share": round(after / before, 4),
-                    "quality": quality(done.program, small), "seconds": round(seconds, 1),
-                })  # fmt: skip
-                print(rows[-1], flush=True)
-    show("quality against bytes", rows, quality="Spearman on STS-B dev (minilm), perplexity on WikiText-2 (smollm2)")
+    log = WORK / "bytes.jsonl"
+    known = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    for model in options.model:
+        rows: list[dict[str, Any]] = []
+        with tempfile.TemporaryDirectory() as name:
+            subject = subject_of(model, Path(name))
+
+            def run(
+                way: str, seed: int, make: Callable[[], dict[str, Any]], model: str = model, rows: Any = rows
+            ) -> dict[str, Any]:
+                key = {"model": model, "way": way, "seed": seed}
+                row = next((old for old in known if all(old[k] == v for k, v in key.items())), None)
+                if row is None:
+                    row = key | make()
+                    with log.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                rows.append(row)
+                print(row, flush=True)
+                return row
+
+            run("dense", 0, lambda s=subject: {"share": 1.0, "mb": dense_mb(s), "quality": s.quality(s.program)})  # type: ignore[misc]
+            for seed in range(options.first, options.first + options.seeds):
+                for way in options.only:
+                    row = run(way, seed, lambda s=subject, w=way, n=seed: measured(s, WAYS[w], n))  # type: ignore[misc]
+                    run(f"auto = {way}", seed, lambda s=subject, k=row["kept"], n=seed: measured(s, auto(k), n))  # type: ignore[misc]
+                for kept in options.auto:
+                    run(f"auto {kept:g}", seed, lambda s=subject, k=kept, n=seed: measured(s, auto(k), n))  # type: ignore[misc]
+        if options.plot:
+            options.plot.with_stem(f"{options.plot.stem}-{model}").write_text(plot(model, rows, options.only), encoding="utf-8")
+        if options.table:
+            options.table.with_stem(f"{options.table.stem}-{model}").write_text(table(rows), encoding="utf-8")
+        show("quality against bytes", rows, model=model, quality="Spearman (minilm), perplexity (others)")
 
 
-def quality(program: Any, small: bool) -> float:
-    return round(score(program, "dev"), 4) if small else round(perplexity(program), 2)
+def dense_mb(subject: Subject) -> float:
+    from lrc.spec.patterns import Candidate, select
+
+    program = subject.program
+    names = select([Candidate(s.fqn, s.type_name) for s in program.sites.values()], list(subject.targets), []).rules
+    return round(sum(program.sites[fqn].map.cost().bytes for fqn in names) / 1e6, 4)
 
 
 if __name__ == "__main__":

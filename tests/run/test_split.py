@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from lrc_passes.quantize import in_few_bits
 from torch import Tensor, nn
 
 import lrc
 from lrc.errors import LrcError, SpecError, UsageError
+from lrc.formats import FORMATS
 from lrc.maps import Quantized, Sparse, Sum
 from lrc.ranks.knapsack import cheapest_choice
 from lrc.run.solved_pass import SolvedPass
@@ -136,6 +138,21 @@ def test_factors_can_be_quantised_after_factorize() -> None:
     assert repr(made) == "Chain(Quantized[int8,128,16], Quantized[int8,16,96])"
     exact = lrc.compile(wide(), {"version": 1, "passes": steps[:1]}, inputs={"x": inputs(4)}, cache="cache").module(inputs())
     assert float(((done.module(inputs()) - exact).norm() / exact.norm()).detach()) < 0.02
+
+
+@pytest.mark.parametrize("first", [[], [{"type": "factorize", "solver": "svd", "rank": 24, "form": "two_factor"}]])
+def test_rounding_with_feedback_serves_the_inputs_better(first: list[dict[str, Any]]) -> None:
+    mixed = torch.randn(96, 96, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.02, 1, 96)
+    x = inputs(512) @ mixed
+    errors = []
+    for rounding in ("nearest", "feedback"):
+        steps = [*first, {"type": "quantize", "format": "nf3", "rounding": rounding, "targets": ["up"]}]
+        done = lrc.compile(wide(), {"version": 1, "passes": steps}, inputs={"x": x[:4]}, calibration=[{"x": x}], cache="cache")
+        found = done.program.sites["up"].map
+        base = lrc.compile(wide(), {"version": 1, "passes": first}, inputs={"x": x[:4]}, cache="cache").program.sites["up"].map
+        errors.append(float((x @ (found.dense().weight - base.dense().weight).T).norm()))
+        assert found.cost() == in_few_bits(base, FORMATS["nf3"]).cost()  # type: ignore[union-attr]
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_quantised_weights_stay_packed_in_the_files(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrc.formats import FORMATS, NormalFloat, NumberFormat
-from lrc.solvers.feedback import fitted_scales, inverse_root, with_feedback
+from lrc.solvers.feedback import Feedback, fitted_scales, inverse_root
 
 
 def correlated(columns: int, seed: int = 0) -> Tensor:
@@ -45,14 +45,14 @@ def by_columns(weight: Tensor, gram: Tensor, form: NumberFormat) -> Tensor:
 @pytest.mark.parametrize("shape", [(12, 70), (70, 12), (1, 9), (5, 1)])
 def test_each_column_makes_up_for_those_before_it(name: str, shape: tuple[int, int]) -> None:
     W, C, form = randn(*shape), correlated(shape[1]), FORMATS[name]
-    found = form.decode(with_feedback(W, C, form), shape).double()
+    found = form.decode(Feedback(C).encode(W, form), shape).double()
     torch.testing.assert_close(found, by_columns(W, C, form), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_correlated_inputs_are_served_better_than_by_the_nearest_numbers(name: str) -> None:
     W, C, form = randn(48, 96), correlated(96), FORMATS[name]
-    found = form.decode(with_feedback(W, C, form), (48, 96))
+    found = form.decode(Feedback(C).encode(W, form), (48, 96))
     assert loss(W, found, C) < 0.7 * loss(W, form.rounded(W), C)
 
 
@@ -62,7 +62,7 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up_for(name: str) -> None:
     C = torch.eye(64, dtype=torch.float64)
     stored = form.store_scales(fitted_scales(W, form, C.diagonal()), (16, 64))
     plain = form.with_codes(stored, form.nearest(W.float(), form.spread_scales(stored, (16, 64))))
-    torch.testing.assert_close(form.decode(with_feedback(W, C, form), (16, 64)), form.decode(plain, (16, 64)))
+    torch.testing.assert_close(form.decode(Feedback(C).encode(W, form), (16, 64)), form.decode(plain, (16, 64)))
 
 
 @settings(max_examples=20, deadline=None)
@@ -79,7 +79,7 @@ def test_fitted_scales_lose_no_more_than_the_largest_magnitude(bits: int, seed: 
 
 def test_a_block_of_zeros_stays_zero() -> None:
     W = torch.cat([torch.zeros(2, 64, dtype=torch.float64), randn(2, 64)])
-    found = FORMATS["nf3"].decode(with_feedback(W, correlated(64), FORMATS["nf3"]), (4, 64))
+    found = FORMATS["nf3"].decode(Feedback(correlated(64)).encode(W, FORMATS["nf3"]), (4, 64))
     assert bool((found[:2] == 0).all())
     assert bool(torch.isfinite(found).all())
 
