@@ -10,7 +10,7 @@ from lrc.cli_base import AllowCode, Json, Model, show
 
 def merge(base: Model, adapters: Annotated[list[Path], typer.Argument(help="PEFT folders.")],
           output: Annotated[Path, typer.Option("--output", "-o", help="The output folder.")],
-          method: Annotated[str, typer.Option(help="linear, cat, svd, ties, dare, dare_ties.")] = "linear",
+          method: Annotated[str, typer.Option(help="linear, cat, svd, ties, dare, dare_ties, factor_swap.")] = "linear",
           weights: Annotated[Optional[str], typer.Option(help="A factor for each adapter: 0.7,0.3 (default: 1 each).")] = None,  # noqa: UP045
           density: Annotated[float, typer.Option(help="The share of entries that TIES and DARE keep.")] = 0.5,
           rank: Annotated[Optional[int], typer.Option(help="Cut the combined change at this rank.")] = None,  # noqa: UP045

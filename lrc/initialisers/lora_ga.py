@@ -1,6 +1,7 @@
 """lora_ga: singular vectors of the gradient, so that the first step follows that of full training."""
 
 import math
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -8,7 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from lrc.initialisers.base import Initial, InitialiserOptions, Start, initialiser, lowrank_svd
+from lrc.initialisers.kaiming import Kaiming, kaiming
 
+NO_GRADIENT = "no gradient on the calibration data: "
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 
 
@@ -51,6 +54,8 @@ def lora_ga(start: Start, options: LoraGa) -> Initial:
     exactly so). float32. Source: Wang, Yu & Li (2024), arXiv:2407.05000, algorithm 1 and theorem 3.2.
     """
     W, G = start.weight(), gradient_of(start)
+    if G is None:
+        return without_gradient(start)
     rank, s = start.rank, start.scaling
     U, _, Vh = lowrank_svd(G, min(4 * rank, *G.shape), options.niter, start.generator.initial_seed())
     of_A, of_B = places(options.direction, rank, start.generator, disjoint=True)
@@ -66,13 +71,16 @@ def lora_ga(start: Start, options: LoraGa) -> Initial:
     return Initial(B, A, base=W - s * (B @ A), subtracted=True)
 
 
-def gradient_of(start: Start) -> Tensor:
-    """Return the gradient in float32. Raises ValueError where the loss does not depend on the weight."""
+def gradient_of(start: Start) -> Tensor | None:
+    """Return the gradient in float32; None where the loss does not depend on the weight (an expert that no token went to)."""
     G = start.gradient
     assert G is not None, "the pass measures what the options ask for"
-    if not bool(G.any()):
-        raise ValueError("the gradient is zero on the calibration data: name the site under `ignore`, or choose another `init`")
-    return G.float()
+    return G.float() if bool(G.any()) else None
+
+
+def without_gradient(start: Start) -> Initial:
+    """Return the start of plain LoRA, with a note: there is no gradient to follow."""
+    return replace(kaiming(start, Kaiming()), notes=(NO_GRADIENT + "it starts as `kaiming` has it, and its base stays",))
 
 
 def places(direction: Direction, rank: int, generator: torch.Generator, *, disjoint: bool) -> tuple[Tensor, Tensor]:

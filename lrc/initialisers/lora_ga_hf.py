@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from lrc.initialisers.base import Initial, Start, initialiser, lowrank_svd
-from lrc.initialisers.lora_ga import GradientStart, gradient_of, places
+from lrc.initialisers.lora_ga import GradientStart, gradient_of, places, without_gradient
 
 
 class LoraGaHf(GradientStart):
@@ -26,6 +26,8 @@ def lora_ga_hf(start: Start, options: LoraGaHf) -> Initial:
     0.19 has it.
     """
     W, G = start.weight(), gradient_of(start)
+    if G is None:
+        return without_gradient(start)
     rank, s = start.rank, start.scaling
     U, S, Vh = lowrank_svd(G, min(4 * rank, *G.shape), options.niter, start.generator.initial_seed())
     of_A, of_B = places(options.direction, rank, start.generator, disjoint=False)

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from lrc.initialisers.base import Initial, InitialiserOptions, Start, initialiser, lowrank_svd
-from lrc.initialisers.lora_ga import gradient_of
+from lrc.initialisers.lora_ga import NO_GRADIENT, gradient_of
 
 OVERSAMPLED = 10  # the flat spectrum of a matrix of signs wants more columns than the rank
 
@@ -37,8 +37,10 @@ def lora_sb(start: Start, options: LoraSb) -> Initial:
     D is the first step of AdamW on the weight, whose gradient is G. BᵀB = A Aᵀ = I, and the base is not changed. float32.
     Source: Ponkshe et al. (2024), arXiv:2411.19557, equations 8 to 10.
     """
-    D = -options.step * gradient_of(start).sign()
+    G = gradient_of(start)
+    D = torch.zeros(start.shape) if G is None else -options.step * G.sign()
     q = min(start.rank + OVERSAMPLED, *D.shape)
     U, S, Vh = lowrank_svd(D, q, options.niter, start.generator.initial_seed())
     r = start.rank
-    return Initial(U[:, :r].contiguous(), Vh[:r].contiguous(), core=torch.diag(S[:r]) / start.scaling)
+    notes = () if G is not None else (NO_GRADIENT + "the core starts at zero",)
+    return Initial(U[:, :r].contiguous(), Vh[:r].contiguous(), core=torch.diag(S[:r]) / start.scaling, notes=notes)

@@ -87,7 +87,7 @@ def check_config(config: Mapping[str, Any], where: str) -> str:
     if kind not in ("LORA", "VERA"):
         raise UsageError(where, expected="an adapter of type LORA or VERA", got=kind)
     unread = {
-        "bias": "trained biases", "lora_bias": "a bias of B", "modules_to_save": "whole modules beside the adapter",
+        "lora_bias": "a bias of B", "modules_to_save": "whole modules beside the adapter",
         "trainable_token_indices": "single tokens", "target_parameters": "parameters of experts",
         "layer_replication": "repeated layers", "use_qalora": "QA-LoRA", "alora_invocation_tokens": "aLoRA",
         "arrow_config": "Arrow", "use_bdlora": "BD-LoRA", "monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA",

@@ -11,7 +11,7 @@ from torch import Tensor
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.lower.peft_config import VERSION, defaults, patterns, target_modules
-from lrc.lower.peft_folder import PREFIX, PeftFolder, read_folder
+from lrc.lower.peft_folder import BIAS, PREFIX, PeftFolder, read_folder
 from lrc.lower.peft_read import maps_of
 from lrc.lower.peft_sites import Factors, doubled, factors_of, peft_tensors, split
 from lrc.maps import Chain, LinearMap, Lookup, Scale, Sum
@@ -55,13 +55,14 @@ def peft_folder(program: Program, options: PeftExport) -> tuple[PeftFolder, list
     model = program.origin.model
     if options.task_type is None and model is not None:
         config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    names = [module for fqn in adapted for module in program.placed(fqn)]
+    tensors, pairs, notes = ({}, {}, []) if is_vera(adapted) else lora_tensors(program, adapted)
+    names = [module for fqn in adapted for module in program.placed(fqn) if is_vera(adapted) or module in pairs]
     every = [name for name, _ in model.named_modules()] if model is not None else list(program.sites)
     config["target_modules"] = target_modules(names, every)
     config["fan_in_fan_out"] = any(program.sites[fqn].transposed for fqn in adapted)
     if is_vera(adapted):
-        return PeftFolder(config | vera_config(adapted), vera_tensors(program, adapted)), []
-    tensors, pairs, notes = lora_tensors(program, adapted)
+        return PeftFolder(config | vera_config(adapted), vera_tensors(program, adapted)), notes
+    config["bias"] = trained_biases(tensors, adapted)
     dropouts = {kept.dropout for kept in adapted.values()}
     stabilised = {is_stabilised(kept) for kept in adapted.values()}
     config |= {"lora_dropout": max(dropouts), "use_rslora": True in stabilised, "use_dora": uses_dora(program, adapted)}
@@ -102,10 +103,13 @@ def lora_tensors(
     """Return the tensors, rank and alpha of every module, and what there is to note."""
     tensors: dict[str, Tensor] = {}
     pairs: dict[str, tuple[int, float]] = {}
-    turned = 0
+    turned, closed = 0, []
     for fqn, kept in adapted.items():
         site = program.sites[fqn]
         base, factors = split(program.maps[fqn], fqn)
+        if factors.rank == 0:
+            closed.append(fqn)
+            continue
         if kept.initial is not None:
             factors, turned = doubled(factors, kept.initial), turned + 1
         elif not is_original(program, fqn, base):
@@ -117,10 +121,27 @@ def lora_tensors(
         if kept.alpha is not None and factors.rank == kept.rank:
             alpha = kept.alpha
         for module in program.placed(fqn):
-            tensors |= peft_tensors(f"{PREFIX}{module}", site, factors)
+            tensors |= peft_tensors(f"{PREFIX}{module}", site, factors) | bias_of(program, fqn, f"{PREFIX}{module}")
             pairs[module] = (factors.rank, round(alpha, 12))
+    if not pairs:
+        raise LowerError(program.origin.name, message="every gate of every adapter is closed: there is nothing to export")
     notes = [f"{turned} adapters have twice their rank here: so they hold on the untouched base"] if turned else []
-    return tensors, pairs, notes
+    return tensors, pairs, notes + [f"{fqn} is left out: all its gates are closed" for fqn in closed]
+
+
+def bias_of(program: Program, fqn: str, prefix: str) -> dict[str, Tensor]:
+    """Return the bias of a site by PEFT's name where it was trained, float32: PEFT puts it in the place of the base's."""
+    bias, name = program.maps[fqn].bias, program.sites[fqn].uses[0].bias
+    if bias is None or name is None or not (bias.requires_grad or not torch.equal(bias, program.originals[name])):
+        return {}
+    return {f"{prefix}.{BIAS}": bias.detach().float().contiguous()}
+
+
+def trained_biases(tensors: Mapping[str, Tensor], adapted: Mapping[str, Adapted]) -> str:
+    """Return which biases a folder holds, in PEFT's words: as it was read, else those of the adapted modules, or none."""
+    if not any(name.endswith(BIAS) for name in tensors):
+        return "none"
+    return next((str(kept.options["bias"]) for kept in adapted.values() if "bias" in kept.options), "lora_only")
 
 
 def is_stabilised(kept: Adapted) -> bool:
@@ -190,10 +211,17 @@ def verify(program: Program, read: PeftFolder) -> None:
     """Raise LowerError where a folder, read onto the captured weights, does not give the program's."""
     plain = {fqn: Site.original(program.sites[fqn], program.originals) for fqn in program.adapters}
     for fqn, made in maps_of(program, read, plain).items():
-        ours, theirs = program.maps[fqn].exact().weight, made.exact().weight
+        (ours, bias), (theirs, read_bias) = program.maps[fqn].exact(), made.exact()
         size = float(ours.abs().max()) + sum(largest(branch) for branch in made.modules() if isinstance(branch, Scale))
         if float((ours - theirs).abs().max()) > 64 * torch.finfo(program.sites[fqn].dtype).eps * size:
             raise LowerError(fqn, message="the adapter as written stands for another weight than the program's")
+        if not same_bias(bias, read_bias):
+            raise LowerError(fqn, message="the adapter as written stands for another bias than the program's")
+
+
+def same_bias(a: Tensor | None, b: Tensor | None) -> bool:
+    """Say whether two biases, float64, are the same to the rounding of single precision."""
+    return a is b if a is None or b is None else torch.allclose(a, b)
 
 
 def largest(branch: Scale) -> float:

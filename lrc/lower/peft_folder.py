@@ -10,11 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lrc.errors import ModelError
+from lrc.errors import ModelError, UsageError
 from lrc.lower.peft_config import check_config, config_text
 
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+BIAS = "base_layer.bias"
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,23 @@ def read_folder(folder: Path) -> PeftFolder:
 def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of every module by their last names: `lora_A.weight` and so on; the prefix may be missing.
 
-    The base's own weight, which PEFT stores beside adapters of embeddings, is left out.
+    The base's own weight, which PEFT stores beside adapters of embeddings, is left out. Raises UsageError for a bias of a
+    module that has no adapter.
     """
     found: dict[str, dict[str, Tensor]] = {}
+    biases = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         for part in (".lora_", ".vera_lambda"):
             module, mark, last = name.partition(part)
             if mark:
                 found.setdefault(module, {})[f"{mark[1:]}{last}"] = tensor
+        if name.endswith(".bias") and ".lora_" not in name:
+            biases[name.removesuffix(".bias").removesuffix(".base_layer")] = tensor
+    for module, bias in biases.items():
+        if module not in found:
+            raise UsageError(
+                module, message="its trained bias cannot be read: it has no adapter", hint="Merge the adapter in PEFT"
+            )
+        found[module][BIAS] = bias
     return found

@@ -11,7 +11,7 @@ from lrc.errors import UsageError
 from lrc.initialisers import Initial, Olora, Pissa, Start
 from lrc.initialisers.olora import olora
 from lrc.initialisers.pissa import pissa
-from lrc.lower.peft_folder import PeftFolder, by_module
+from lrc.lower.peft_folder import BIAS, PeftFolder, by_module
 from lrc.lower.peft_sites import Factors, adapted_map
 from lrc.maps import Chain, Diagonal, LinearMap, Sum, frozen_base
 from lrc.program import Adapted, Program, Site
@@ -55,7 +55,8 @@ def lora_map(
     if start is not None:
         assert start.base is not None, "both change the base"
         base = site.layout.dense(start.base.to(site.dtype), None).requires_grad_(False)
-    return adapted_map(site, factors, base, dropout=float(folder.config.get("lora_dropout") or 0.0))
+    dropout = float(folder.config.get("lora_dropout") or 0.0)
+    return adapted_map(site, factors, base, dropout, standing, tensors.get(BIAS))
 
 
 def factors_in(site: Site, module: str, folder: PeftFolder, tensors: Mapping[str, Tensor]) -> Factors:
@@ -125,9 +126,10 @@ def vera_map(site: Site, folder: PeftFolder, tensors: Mapping[str, Tensor], stan
         Diagonal(tensors["vera_lambda_b"].to(site.dtype)), nn.Parameter(B[: site.out_features], requires_grad=False),
         Diagonal(tensors["vera_lambda_d"].to(site.dtype)), nn.Parameter(A[:, : site.in_features], requires_grad=False),
     ]  # fmt: skip
-    bias = None if site.bias is None else nn.Parameter(site.bias.detach(), requires_grad=False)
+    under = site.map if standing is None else standing
+    bias = None if under.bias is None else nn.Parameter(under.bias.detach(), requires_grad=False)
     branch = Chain(*parts, names=("lambda_b", "B", "lambda_d", "A"))
-    return Sum(frozen_base(site.map if standing is None else standing), branch, bias=bias, names=("base", "adapter"))
+    return Sum(frozen_base(under), branch, bias=bias, names=("base", "adapter"))
 
 
 def attach(program: Program, folder: PeftFolder) -> list[str]:
@@ -155,5 +157,6 @@ def adapted_by(folder: PeftFolder, module: str) -> Adapted:
     method = "dora" if config.get("use_dora") else "rslora" if stabilised else "lora"
     return Adapted(
         method, rank, float(alpha), scaling_of(config, module, rank), dropout=float(config.get("lora_dropout") or 0.0),
-        options={"rslora": stabilised} if method == "dora" else {},
+        options=({"rslora": stabilised} if method == "dora" else {})
+        | ({"bias": config["bias"]} if config.get("bias", "none") != "none" else {}),
     )  # fmt: skip

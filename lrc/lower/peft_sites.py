@@ -124,17 +124,32 @@ def peft_tensors(prefix: str, site: Site, factors: Factors) -> dict[str, Tensor]
     return {f"{prefix}.{name}": tensor.detach().float().contiguous() for name, tensor in named.items()}
 
 
-def adapted_map(site: Site, factors: Factors, base: LinearMap | None = None, dropout: float = 0.0) -> LinearMap:
-    """Return the site's map with an adapter on it. base: in place of what stands there now."""
+def adapted_map(
+    site: Site,
+    factors: Factors,
+    base: LinearMap | None = None,
+    dropout: float = 0.0,
+    standing: LinearMap | None = None,
+    trained_bias: Tensor | None = None,
+) -> LinearMap:
+    """Return the site's map with an adapter on it.
+
+    standing: what counts as being there, in place of what is; base: what becomes of that under the adapter, in place of its
+    weight as it is; trained_bias: in place of its bias.
+    """
     B, A = (t.to(site.dtype).contiguous() for t in (factors.B, factors.A))
     branch: LinearMap = site.layout.product(B, A, None)
     if dropout and site.kind != "embedding":
         left_out = Dropout(site.in_features, dropout, site.dtype)
         inner = branch.slots if isinstance(branch, Chain) else (branch,)
         branch = Chain(*inner, left_out, names=("B", "A", "dropout") if isinstance(branch, Chain) else ("kernels", "dropout"))
-    bias = None if site.bias is None else nn.Parameter(site.bias.detach(), requires_grad=False)
-    frozen = frozen_base(site.map) if base is None else base
-    added = (frozen, Scale(branch, factors.scaling))
+    under = site.map if standing is None else standing
+    bias: Tensor | None = None
+    if trained_bias is not None:
+        bias = nn.Parameter(trained_bias.to(site.dtype).clone())
+    elif under.bias is not None:
+        bias = nn.Parameter(under.bias.detach(), requires_grad=False)
+    added = (frozen_base(under) if base is None else base, Scale(branch, factors.scaling))
     if factors.magnitude is None:
         return Sum(*added, bias=bias, names=("base", "adapter"))
     return RowNorm(Sum(*added, names=("base", "adapter")), factors.magnitude.flatten().to(site.dtype), bias)

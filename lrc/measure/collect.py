@@ -161,7 +161,8 @@ class Walk(fx.Interpreter):
             if key in self.inputs:
                 for piece in self._pieces(tap, value if n is tap.reads else self.read[tap.reads]):
                     add_piece(self.inputs[key], piece)
-            self.samples.see(n, value, self.mask_of(tap, n, value))
+            if n is tap.reads:
+                self.samples.see(tap, value, self.mask_of(tap, n, value))
         if self.backward:
             self.seen[n] = value.clone() if self.in_place else value
 

@@ -3,14 +3,17 @@
 A sample is one row of the batch dimension, the first one of the program's first input.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lrc.errors import SiteError
-from lrc.measure.taps import Tap, rows_of, traced_sizes
+from lrc.maps import Layout
+from lrc.measure.sums import Source, source
+from lrc.measure.taps import Piece, Tap, pieces, rows_of, traced_sizes
 from lrc.program import Program
 from lrc.solvers import Need
 
@@ -34,7 +37,7 @@ class Magnitudes:
 
 
 class WeightFisher:
-    """The running sum over samples of (dL/dW)², L the loss summed over a sample's tokens.
+    """The running sum over samples of (dL/dW)², L the loss summed over a sample's tokens, float64, in the shape of the matrix.
 
     dL/dW of one sample is a product in the dtype of x (float16 and bfloat16 in float32); its squares are added in float64.
     """
@@ -43,24 +46,68 @@ class WeightFisher:
         self.samples = 0
         self._total = torch.zeros(shape, dtype=torch.float64)
 
-    def add(self, x: Tensor, gradients: Tensor, owners: Tensor) -> None:
-        """Add a batch: inputs (rows, in_features), dL/dy (rows, out_features) and the sample of each row, (rows,).
+    def add(self, uses: Sequence["Seen"], gradients: Sequence[Tensor]) -> None:
+        """Add a batch: what every use of the weight has read, and dL/dy of its rows, (rows, out_features).
 
-        Rows of one sample from several uses of the weight belong into one call: their gradients add up before they are
-        squared. Another call with the same samples and other gradients (another draw) is averaged with the first.
+        The gradients of several uses add up before they are squared. Another call with the same samples and other gradients
+        (another draw) is averaged with the first.
         """
-        if self._total.device != x.device:
-            self._total = self._total.to(x.device)
-        if x.dtype in (torch.float16, torch.bfloat16):
-            x, gradients = x.float(), gradients.float()
+        if self._total.device != gradients[0].device:
+            self._total = self._total.to(gradients[0].device)
+        given = [g.float() if g.dtype in (torch.float16, torch.bfloat16) else g for g in gradients]
+        owners = torch.cat([use.owners for use in uses])
+        if uses[0].tap.layout.looked_up:
+            self._add_rows(torch.cat([use.rows() for use in uses])[:, 0], torch.cat(given), owners, uses[0].tap.layout)
+            return
         for sample in torch.unique(owners).tolist():  # one at a time: all together need a weight's memory for each
-            mine = owners == sample
-            self._total.add_((gradients[mine].T @ x[mine]).double().square_())
+            products = [use.product(g, sample) for use, g in zip(uses, given, strict=True)]
+            self._total.add_(sum(products[1:], products[0]).double().square_())
+            self.samples += 1
+
+    def _add_rows(self, ids: Tensor, gradients: Tensor, owners: Tensor, layout: Layout) -> None:
+        """Add the gradients of a table, of which a sample has touched few rows; its padding row has none."""
+        padding = getattr(layout, "padding_index", None)
+        counted = torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
+        for sample in torch.unique(owners).tolist():
+            mine = (owners == sample) & counted
+            touched, places = torch.unique(ids[mine], return_inverse=True)
+            sums = gradients.new_zeros(len(touched), gradients.shape[1]).index_add_(0, places, gradients[mine])
+            self._total[:, touched] += sums.double().square_().T
             self.samples += 1
 
     def mean(self) -> Tensor:
         """Return the mean over samples and draws, (out_features, in_features), float64."""
         return self._total / max(self.samples, 1)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one use of a site has read in a batch: the value, which of its rows are no padding, and their samples."""
+
+    tap: Tap
+    value: Tensor
+    mask: Tensor | None
+    owners: Tensor
+
+    def rows(self) -> Tensor:
+        """Return what was read as unpadded rows."""
+        return rows_of(self.tap.layout.inputs(self.value), self.mask)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the rows, of images a few samples at a time."""
+        yield from pieces(self.tap.layout, self.value, self.mask)
+
+    def product(self, gradients: Tensor, sample: int) -> Tensor:
+        """Return dL/dW of one sample, (out_features, in_features). gradients: dL/dy of all rows."""
+        mine = gradients[self.owners == sample]
+        if self.tap.layout.kind == "conv":
+            rows = rows_of(self.tap.layout.inputs(self.value[sample : sample + 1]), None)
+        else:
+            rows = self.rows()[self.owners == sample]
+        rows, blocks = rows.to(mine.dtype), self.tap.layout.groups
+        if blocks == 1:
+            return mine.T @ rows
+        return torch.cat([g.T @ x for g, x in zip(mine.chunk(blocks, 1), rows.chunk(blocks, 1), strict=True)])
 
 
 class SampleSums:
@@ -69,95 +116,113 @@ class SampleSums:
     def __init__(self, program: Program, taps: Mapping[str, Sequence[Tap]], needs: frozenset[Need]) -> None:
         self._taps = taps
         for fqn in taps if needs & {Need.MAGNITUDES, Need.WEIGHT_FISHER} else ():
-            refuse_other_kinds(fqn, program.sites[fqn].kind)
+            refuse_bags(fqn, program.sites[fqn].kind)
         self._placeholders = list(program.graph_module.graph.find_nodes(op="placeholder"))
-        shapes = {fqn: program.sites[fqn].shape for fqn in taps}
         wanted = taps if Need.MAGNITUDES in needs else ()
-        self._magnitudes = {reads_of(taps[fqn]): Magnitudes(shapes[fqn][1]) for fqn in wanted}
+        self._magnitudes = {reads_of(taps[fqn]): Magnitudes(_features(taps[fqn][0])) for fqn in wanted}
         wanted = taps if Need.WEIGHT_FISHER in needs else ()
-        self._fishers = {fqn: WeightFisher(shapes[fqn]) for fqn in wanted}
+        self._fishers = {fqn: WeightFisher(program.sites[fqn].shape) for fqn in wanted}
         self.gradients = bool(self._fishers)
-        self._names = {tap.reads: fqn for fqn in taps for tap in taps[fqn]} if self._magnitudes or self._fishers else {}
+        self._wanted = bool(self._magnitudes or self._fishers)
         self._count = 0
         self._size: Any = None  # the same as traced, most often a symbol
-        self._owners: dict[fx.Node, Tensor] = {}
-        self._masks: dict[fx.Node, Tensor | None] = {}
-        self._sums: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[Source, Seen] = {}
+        self._sums: dict[Source, tuple[Tensor, Tensor]] = {}
 
     def begin(self, values: Sequence[Tensor]) -> None:
         """Start a batch with the values of the program's inputs."""
-        self._owners, self._sums = {}, {}
+        self._seen, self._sums = {}, {}
         for node, value in zip(self._placeholders, values, strict=True):
             if value.ndim:
                 self._count, self._size = value.shape[0], traced_sizes(node, value)[0]
                 return
 
-    def see(self, node: fx.Node, value: Tensor, mask: Tensor | None) -> None:
-        """Take note of what a site reads: the node's value, and its flat mask or None."""
-        if node not in self._names:
+    def see(self, tap: Tap, value: Tensor, mask: Tensor | None) -> None:
+        """Take note of what a site reads, and of the flat mask of its rows, or None."""
+        if not self._wanted:
             return
-        owners = self._owners_of(node, value)
-        self._owners[node] = owners = owners if mask is None else owners[mask]
-        self._masks[node] = mask
+        owners = self._owners_of(tap, value)
+        seen = Seen(tap, value, mask, owners if mask is None else owners[mask])
+        self._seen[source(tap)] = seen
         if self._magnitudes:
-            rows = rows_of(value, mask)
-            sums = torch.zeros(self._count, rows.shape[1], dtype=torch.float64, device=rows.device)
-            sums.index_add_(0, owners, rows.abs().double())
-            self._sums[node] = sums, owners.bincount(minlength=self._count)
+            self._sums[source(tap)] = self._sums_of(seen), seen.owners.bincount(minlength=self._count)
 
-    def add_gradients(self, seen: Mapping[fx.Node, Tensor], gradients: Mapping[fx.Node, Tensor]) -> None:
+    def _sums_of(self, seen: Seen) -> Tensor:
+        """Return every sample's sum over its rows of |x|, (samples, groups * in_features), float64."""
+        sums = torch.zeros(self._count, _features(seen.tap), dtype=torch.float64, device=seen.value.device)
+        if seen.tap.layout.looked_up:  # the rows are one-hot
+            ones = torch.ones(len(seen.owners), dtype=torch.float64, device=sums.device)
+            return sums.index_put_((seen.owners, seen.rows()[:, 0].long()), ones, accumulate=True)
+        for piece in seen.pieces():
+            sums.index_add_(0, seen.owners[piece.place], piece.rows.abs().double())
+        return sums
+
+    def add_gradients(self, values: Mapping[fx.Node, Tensor], gradients: Mapping[fx.Node, Tensor]) -> None:
         """Add one draw: the values that the sites read, and the gradients at the unpadded rows that they gave."""
         for fqn, fisher in self._fishers.items():
             uses = self._taps[fqn]
-            x = torch.cat([rows_of(seen[use.reads], self._masks[use.reads]) for use in uses])
-            given = torch.cat([gradients[use.gives] for use in uses])
-            fisher.add(x, given, torch.cat([self._owners[use.reads] for use in uses]))
+            seen = [replace(self._seen[source(use)], value=values[use.reads]) for use in uses]
+            fisher.add(seen, [gradients[use.gives] for use in uses])
 
     def end(self) -> None:
         """Finish a batch."""
         for reads, magnitudes in self._magnitudes.items():
-            sums, tokens = zip(*(self._sums[node] for node in reads), strict=True)
+            sums, tokens = zip(*(self._sums[read] for read in reads), strict=True)
             magnitudes.add(sum(sums[1:], sums[0]), sum(tokens[1:], tokens[0]))
-        self._owners, self._sums = {}, {}
+        self._seen, self._sums = {}, {}
 
     def of(self, fqn: str) -> dict[str, Any]:
-        """Return the means of a site, by the names of their fields in `Moments`."""
+        """Return the means of a site, by the names of their fields in `Moments`; of several groups, magnitudes one row each."""
         found: dict[str, Any] = {}
         if self._magnitudes:
-            found["magnitudes"] = self._magnitudes[reads_of(self._taps[fqn])].mean()
+            mean, groups = self._magnitudes[reads_of(self._taps[fqn])].mean(), self._taps[fqn][0].layout.groups
+            found["magnitudes"] = mean if groups == 1 else mean.reshape(groups, -1)
         if self._fishers:
             found["weight_fisher"] = self._fishers[fqn].mean()
         return found
 
-    def _owners_of(self, node: fx.Node, value: Tensor) -> Tensor:
-        """Return the sample that each row of a value belongs to, (rows,), int64. Raises SiteError where it has no samples."""
+    def _owners_of(self, tap: Tap, value: Tensor) -> Tensor:
+        """Return the sample that each row of what is read belongs to, (rows,), int64. Raises SiteError where there are none."""
         places = torch.arange(self._count, device=value.device)
-        leading: list[Any] = traced_sizes(node, value)[:-1]
+        traced: list[Any] = traced_sizes(tap.reads, value)
+        if tap.layout.kind == "conv":
+            if traced[0] == self._size:
+                positions = tap.layout.inputs(value[:1])[..., 0].numel() if len(value) else 0
+                return places.repeat_interleave(positions)
+            traced = [None, None]  # no dimension of it counts samples
+        leading, sizes = (traced, value.shape) if tap.layout.looked_up else (traced[:-1], value.shape[:-1])
         if self._size in leading:
             dim = leading.index(self._size)
             shape = [self._count if i == dim else 1 for i in range(len(leading))]
-            return places.view(shape).expand(value.shape[:-1]).reshape(-1)
-        if len(leading) == 1 and self._size is not None and leading[0] % self._size == 0:  # (batch * sequence, features)
+            return places.view(shape).expand(sizes).reshape(-1)
+        if (
+            len(leading) == 1 and self._size is not None and leading[0] is not None and leading[0] % self._size == 0
+        ):  # (batch * sequence, features)
             return places.repeat_interleave(value.shape[0] // max(self._count, 1))
         raise SiteError(
-            self._names[node],
+            tap.fqn,
             expected="an input with a dimension that counts samples",
             got=f"shape {tuple(value.shape)} for {self._count} samples",
             hint="Name the site under `ignore`, or choose a solver that measures tokens, such as `whitened` or `kfac`",
         )
 
 
-def reads_of(taps: Sequence[Tap]) -> tuple[fx.Node, ...]:
-    """Return the distinct nodes that the uses of a site read, in order."""
-    return tuple(dict.fromkeys(tap.reads for tap in taps))
+def _features(tap: Tap) -> int:
+    """Return how many numbers a row of what a tap reads has, of all groups."""
+    return tap.layout.groups * tap.shape[1]
 
 
-def refuse_other_kinds(fqn: str, kind: str) -> None:
-    """Raise SiteError for a site that is no linear."""
-    if kind != "linear":
+def reads_of(taps: Sequence[Tap]) -> tuple[Source, ...]:
+    """Return what the uses of a site read and how, each once, in order."""
+    return tuple(dict.fromkeys(source(tap) for tap in taps))
+
+
+def refuse_bags(fqn: str, kind: str) -> None:
+    """Raise SiteError for a site that reads bags, which have no rows of one sample each."""
+    if kind == "embedding_bag":
         raise SiteError(
             fqn,
-            expected="a linear, for a solver that measures samples one by one",
+            expected="a linear, a convolution or an embedding, for a solver that measures samples one by one",
             got=f"one of kind `{kind}`",
             hint="Name the site under `ignore`, or choose a solver that measures tokens, such as `whitened` or `kfac`",
         )

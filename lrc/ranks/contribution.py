@@ -16,7 +16,9 @@ from lrc.spec.base import SpecModel
 class Contribution(SpecModel):
     """How a budget is shared by contribution."""
 
-    budget: float = Field(gt=0, le=1, description="numbers of all products over those of the targets' weights, no unit")
+    budget: float = Field(
+        ge=0, le=1, strict=False, description="numbers of all products over those of the targets' weights, no unit"
+    )
     scores: dict[str, float] = Field(
         description="Contribution of every target, by name, or the JSON file that `lrc.measure.write_scores` has made."
     )

@@ -16,11 +16,12 @@ from lrc.lower.peft_read import maps_of
 from lrc.lower.peft_sites import Factors, adapted_map, split
 from lrc.lower.pt2 import Pt2Export, export_pt2
 from lrc.maps import LinearMap, RowNorm
-from lrc.program import Adapted, Program
+from lrc.program import Adapted, Program, Site
 from lrc.solvers.combine import Method, combine
 from lrc.spec.patterns import Candidate, select
 
-Combining = Literal["linear", "cat", "svd", "ties", "dare", "dare_ties"]
+Combining = Literal["linear", "cat", "svd", "ties", "dare", "dare_ties", "factor_swap"]
+PRODUCTS = ("cat", "factor_swap")  # what they make is a product already
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Combination:
             raise UsageError("--method svd", message="needs a rank", hint="Add `--rank`")
         if self.rank is not None and self.rank < 1:
             raise UsageError("--rank", expected="at least 1", got=str(self.rank))
+        if self.method == "factor_swap" and (count != 2 or self.weights):
+            raise UsageError(
+                "--method factor_swap", expected="two adapters, style and content, without weights", got=str(count)
+            )
 
 
 def merge_adapters(
@@ -53,12 +58,13 @@ def merge_adapters(
     """Merge PEFT folders into a captured model and write it, or combine them to one PEFT folder. Returns what was done.
 
     linear: the weighted sum of the changes; cat: the same as one adapter of the summed rank, exactly; svd: the best one of rank
-    `rank`; ties, dare, dare_ties: see `lrc.solvers.combine`, on the changes of the weights, not on the factors. As an adapter,
-    every method but `cat` needs a rank. The model's folder is a stock one. Raises UsageError before anything is written.
+    `rank`; ties, dare, dare_ties: see `lrc.solvers.combine`, on the changes of the weights, not on the factors; factor_swap:
+    see `swapped`. As an adapter, every method but `cat` and `factor_swap` needs a rank. Biases that adapters have trained are
+    added up, weighted, in the model. The model's folder is a stock one. Raises UsageError before anything is written.
     """
     how.check(len(folders))
     must_be_free(output)
-    if as_adapter and how.method != "cat" and how.rank is None:
+    if as_adapter and how.method not in PRODUCTS and how.rank is None:
         raise UsageError(f"--method {how.method}", message="the change may have any rank", hint="Add `--rank`, or use `cat`")
     maps = [maps_of(program, read_folder(folder)) for folder in folders]
     weights = how.weights or (1.0,) * len(folders)
@@ -66,12 +72,17 @@ def merge_adapters(
     errors = {}
     for fqn in sites:
         present = [(made[fqn], weight) for made, weight in zip(maps, weights, strict=True) if fqn in made]
-        if how.method == "cat" and as_adapter:
+        if as_adapter and any(made.bias is not None and made.bias.requires_grad for made, _ in present):
+            raise UsageError(fqn, message="a trained bias stands beside an adapter", hint="Merge into the model instead")
+        if how.method == "factor_swap":
+            swap = swapped(present, fqn)
+            present = [(adapted_map(program.sites[fqn], swap, trained_bias=present[0][0].bias), 1.0)]
+        if how.method in PRODUCTS and as_adapter:
             put_adapter(program, fqn, side_by_side(present, fqn))
             continue
         before = program.sites[fqn].map.exact().weight
         generator = torch.Generator().manual_seed(how.seed)
-        method: Method = "linear" if how.method == "cat" or how.method == "svd" else how.method
+        method: Method = "linear" if how.method in (*PRODUCTS, "svd") else how.method  # type: ignore[assignment]
         changes = [made.exact().weight - before for made, _ in present]
         change = combine(changes, [weight for _, weight in present], method, how.density, generator)
         if how.rank is not None:
@@ -83,7 +94,7 @@ def merge_adapters(
                 put_adapter(program, fqn, factors)
                 continue
         site = program.sites[fqn]
-        dense = site.layout.dense((before + change).to(site.dtype), site.bias)
+        dense = site.layout.dense((before + change).to(site.dtype), bias_after(site, present))
         program.replace(fqn, dense, "merge", settle=False)
     program.settle()
     write(program, output, as_adapter=as_adapter)
@@ -102,6 +113,31 @@ def side_by_side(present: Sequence[tuple[LinearMap, float]], fqn: str) -> Factor
         Bs.append(weight * factors.scaling * factors.B)
         As.append(factors.A)
     return Factors(torch.cat(Bs, 1), torch.cat(As, 0), 1.0)
+
+
+def swapped(present: Sequence[tuple[LinearMap, float]], fqn: str) -> Factors:
+    """Return the first adapter (style) with the second half of A's columns taken from the second one (content).
+
+    What partly learnable projections learn apart, put together: B and the frozen half of A are those of style, the learnt half
+    of A is content's. Raises UsageError for adapters of other ranks, or of one of the two alone.
+    Source: Xu et al. (2024), arXiv:2403.19456, section 4.3.
+    """
+    found = [split(made, fqn)[1] for made, _ in present]
+    if len(found) != 2 or found[0].A.shape != found[1].A.shape or any(factors.magnitude is not None for factors in found):
+        shapes = [tuple(factors.A.shape) for factors in found]
+        raise UsageError(fqn, expected="two products of one rank, whose halves are to be put together", got=str(shapes))
+    style, content = found
+    half = style.A.shape[1] // 2
+    return Factors(style.B, torch.cat([style.A[:, :half], content.A[:, half:]], 1), style.scaling)
+
+
+def bias_after(site: Site, present: Sequence[tuple[LinearMap, float]]) -> Tensor | None:
+    """Return a site's bias with the weighted changes that adapters have trained."""
+    if site.bias is None:
+        return None
+    bias = site.bias.detach().double()
+    moved = [weight * (made.bias.detach().double() - bias) for made, weight in present if made.bias is not None]
+    return torch.stack([bias, *moved]).sum(0).to(site.dtype)
 
 
 def best(change: Tensor, rank: int) -> Factors:

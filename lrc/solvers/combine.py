@@ -49,11 +49,13 @@ def dropped(change: Tensor, density: float, generator: torch.Generator) -> Tenso
 
 
 def agreed(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return, entry by entry, the mean of the weighted changes whose sign is that of their sum; zeros take no part.
+    """Return, entry by entry, the mean of the weighted changes whose sign is that of all changes' sum; zeros take no part.
 
-    Source: Yadav et al. (2023), arXiv:2306.01708, section 3.2, steps 2 and 3, the weights in front of the changes as in PEFT.
+    Source: Yadav et al. (2023), arXiv:2306.01708, section 3.2, steps 2 and 3; the sign is elected without the weights, which
+    then stand in front of the changes, as in PEFT.
     """
-    weighted = torch.stack([weight * change for weight, change in zip(weights, changes, strict=True)])
-    sign = weighted.sum(0).sign()
-    agreeing = weighted.sign().eq(sign) & weighted.ne(0)
-    return (weighted * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
+    stacked = torch.stack(list(changes))
+    agreeing = stacked.sign().eq(stacked.sum(0).sign()) & stacked.ne(0)
+    return linear([change * chosen for change, chosen in zip(changes, agreeing, strict=True)], weights) / agreeing.sum(0).clamp(
+        min=1
+    )

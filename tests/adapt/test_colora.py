@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from adapted import adapted, case, distance, merged, train, trained
 
+import lrc
 from lrc.measure import contributions, site_scores, write_scores
 from lrc.measure.contribution import Call
+from lrc.spec.registry import ADAPTERS
 
 SITES = ["{conv,tall,square,wide}"]
 
@@ -67,6 +69,28 @@ def test_patterns_of_single_sites_come_first() -> None:
     made = adapted(case(), targets=SITES, rank={"contribution": {"budget": 0.2, "scores": scores}}, rank_pattern={"square": 7})
     ranks = {d.sites[0]: d.rank for d in made.plan.decisions}
     assert ranks["square"] == 7
+
+
+def test_every_method_takes_ranks_by_contribution() -> None:
+    scores = {"tall": 0.2, "square": 1.0, "wide": 0.5}
+    found = {}
+    it = case()
+    program = lrc.capture(it.model, it.inputs)
+    for method in (name for name in ADAPTERS.names() if name != "compacter"):  # its rank is a width that n must divide
+        rank = {"contribution": {"budget": 0.4, "scores": scores}}
+        passes = [{"type": "adapt", "targets": ["{tall,square,wide}"], "method": method, "rank": rank}]
+        made = lrc.compile(program.clone(), {"version": 1, "passes": passes})
+        found[method] = {d.sites[0]: d.rank for d in made.plan.decisions if d.keep is None}
+        assert set(made.program.maps) == set(found[method]), method
+    assert {tuple(ranks.items()) for ranks in found.values()} == {tuple(found["lora"].items())}
+    assert found["lora"]["square"] == max(found["lora"].values())
+    even = adapted(
+        case(),
+        targets=["square"],
+        method={"type": "compacter", "n": 1},
+        rank={"contribution": {"budget": 0.4, "scores": scores}},
+    )
+    assert even.plan.decisions[0].rank == 4
 
 
 def test_scores_are_plain_json(tmp_path: Path) -> None:

@@ -97,6 +97,9 @@ def test_factors_start_by_glorot_and_the_rule_close_to_zero() -> None:
     assert 0.98 * bound < float(down.S.detach().abs().max()) <= bound
     assert float(down.C.detach().std()) == pytest.approx(1e-4, rel=0.2)
     assert down.bias.abs().max() == 0
+    own = adapted(it, targets=["**"], method={"type": "compacter", "n": 8, "shared_rule": False}, rank=64)
+    (adapter,) = own.program.maps.values()
+    assert float(adapter.adapter.down.C.detach().std()) == pytest.approx(0.01, rel=0.2)
 
 
 def test_full_fast_factors_are_phm_adapters() -> None:

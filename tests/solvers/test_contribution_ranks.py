@@ -72,6 +72,7 @@ def test_a_scale_of_all_scores_changes_nothing_and_zero_scores_give_no_adapter()
     shapes = [(30, 50), (60, 20), (64, 64)]
     assert ranks(shapes, [0.1, 0.2, 0.4], budget=0.2) == ranks(shapes, [1e-7, 2e-7, 4e-7], budget=0.2)
     assert ranks(shapes, [0.0, 0.0, 0.0], budget=0.2) == [0, 0, 0]
+    assert ranks(shapes, [0.1, 0.2, 0.4], budget=0) == [0, 0, 0]
     assert ranks(shapes, [0.0, 0.0, 0.0], budget=0.3, least=0.2) == [round(0.2 * m * n / (m + n)) for m, n in shapes]
 
 

@@ -29,7 +29,9 @@ class Compacter(AdapterOptions):
     reduction: int = Field(default=32, ge=1, description="Features over the width of the bottleneck.")
     phm_rank: int | None = Field(default=1, ge=1, description="Rank of the fast factors; null: full matrices (PHM adapters).")
     shared_rule: bool = Field(default=True, description="Whether all sites of the pass share one slow rule.")
-    rule_std: float = Field(default=1e-4, gt=0, description="Standard deviation of the slow rule at the start.")
+    rule_std: float | None = Field(
+        default=None, gt=0, description="Standard deviation of the slow rule at the start: 1e-4 where it is shared, else 0.01."
+    )
     activation: Literal["gelu_new", "gelu", "relu", "silu", "tanh"] = Field(
         default="gelu_new", description="Between the two projections."
     )
@@ -59,7 +61,8 @@ def compacter(place: Place, options: Compacter) -> LinearMap | Keep:
     features, width = place.site.out_features, place.rank
     rule = place.shared.get("rule") if options.shared_rule else None
     if rule is None:
-        rule = torch.nn.Parameter(normal(place, options.n, options.n, options.n, std=options.rule_std).to(place.site.dtype))
+        std = options.rule_std or (1e-4 if options.shared_rule else 0.01)
+        rule = torch.nn.Parameter(normal(place, options.n, options.n, options.n, std=std).to(place.site.dtype))
         if options.shared_rule:
             place.shared["rule"] = rule
     down, up = projection(place, rule, features, width, options), projection(place, rule, width, features, options)

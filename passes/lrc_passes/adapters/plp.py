@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lrc.initialisers import InitialiserOptions
+from lrc.initialisers import Initial, InitialiserOptions
 from lrc.maps import Blocks, Chain, LinearMap, Scale, Sum
 from lrc.program import Site
 from lrc.run import AdapterOptions, Place, adapter
@@ -65,7 +65,9 @@ def plp(place: Place, options: Plp) -> LinearMap:
     made = branch(place, B, A)
     base = place.base()
     if options.zero_init and not place.planning:
+        start = B.matrix().detach(), A.matrix().detach()
         base = place.changed_base(place.site.map.exact().weight - place.scaling * B.exact().weight @ A.exact().weight)
+        place.initial = Initial(*start, subtracted=True)
     return Sum(base, place.scaled(made), bias=place.bias, names=("base", "adapter"))
 
 
