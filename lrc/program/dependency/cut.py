@@ -135,8 +135,7 @@ class Sizes:
         if part is None:
             return None
         others = tuple(i for i, d in enumerate(part.dims) if d != dim)
-        kept: Alive = self.alive[part.labels].any(axis=others)
-        return kept
+        return np.asarray(self.alive[part.labels].any(axis=others), bool)
 
     def size(self, axes: Axes, dim: int) -> Any:
         """Return the new size of a dimension."""

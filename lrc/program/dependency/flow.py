@@ -38,8 +38,9 @@ class Flow:
         self.ledger = Ledger()
         self.values: dict[fx.Node, Value] = {}
         self.uses = {use.node: (site, use) for site in program.sites.values() for use in site.uses}
-        self.tensors = dict(program.graph_module.named_parameters(remove_duplicate=False))
-        self.tensors |= dict(program.graph_module.named_buffers(remove_duplicate=False))
+        module = program.graph_module
+        self.tensors: dict[str, Tensor] = {**dict(module.named_parameters(remove_duplicate=False))}
+        self.tensors |= dict(module.named_buffers(remove_duplicate=False))
 
     def run(self) -> None:
         """Walk the graph."""

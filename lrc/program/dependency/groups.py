@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_matrix  # type: ignore[import-untyped]  # scipy has no annotations
-from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from lrc.program.dependency import moves, sums
 from lrc.program.dependency.flow import Flow
@@ -67,7 +67,8 @@ class Groups:
     def labels(self, group: Group, units: Array) -> Array:
         """Return the labels that go with some units of a group."""
         member = group.members[0]
-        return self.unit_of[self.flow.ledger.slots[member.slot][member.index[units, 0]]]
+        found: Array = self.unit_of[self.flow.ledger.slots[member.slot][member.index[units, 0]]]
+        return found
 
 
 def find_groups(program: Program) -> Groups:
@@ -134,12 +135,13 @@ def _grouped(program: Program, ledger: Ledger, unit_of: Array) -> list[Group]:
         for unit, mine in places.items():
             takes.setdefault(unit, []).append((slot, len(mine)))
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for unit, signature in takes.items():
-        if any(slot[0] == "site" and slot[2] == "out" for slot, _ in signature):
-            alike.setdefault(tuple(signature), []).append(unit)
+    for unit, taken in takes.items():
+        if any(slot[0] == "site" and slot[2] == "out" for slot, _ in taken):
+            alike.setdefault(tuple(taken), []).append(unit)
     heads = set(unit_of[np.concatenate([labels.ravel() for labels in ledger.heads])].tolist()) if ledger.heads else set()
     groups: list[Group] = []
-    for signature, units in alike.items():
+    for key, units in alike.items():
+        signature: list[tuple[Slot, int]] = list(key)
         members = tuple(Member(slot, np.array([where[slot][unit] for unit in units], np.int64)) for slot, _ in signature)
         writer = next(slot[1] for slot, _ in signature if slot[0] == "site" and slot[2] == "out")
         conv = any(slot[0] == "site" and program.sites[slot[1]].kind == "conv" for slot, _ in signature)

@@ -123,7 +123,7 @@ def split(flow: Flow, node: fx.Node) -> Value:
         stop = start + size
         parts.append(
             along(flow, node, value, dim, lambda labels, axis, a=start, b=stop: labels[(slice(None),) * axis + (slice(a, b),)],
-                  shape=shape)  # type: ignore[misc]
+                  shape=shape)
         )  # fmt: skip
         start = stop
     return parts

@@ -38,8 +38,8 @@ def loraprune(context: Context, options: LoraPruneRecipe) -> Recipe:
     masked go too; the final share is reached in the last pruning, where the authors' code stops short of it.
     """
     factors = {fqn: found for fqn in context.fqns if (found := product_of(context.program.map_of(fqn), context)) is not None}
-    found = find_groups(context.program)
-    mine = [group for group in found.groups if group.units > 1 and all(fqn in factors for fqn in group.sites)]
+    groups = find_groups(context.program).groups
+    mine = [group for group in groups if group.units > 1 and all(fqn in factors for fqn in group.sites)]
     kept: list[Group] = []
     for kind in dict.fromkeys(group.kind for group in mine):
         row = [group for group in mine if group.kind == kind]
