@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_prune.py [--models resnet20 minilm stories260k gpt2] [--kept 0.5] [--torch-pruning]
     python tests/benchmarks/bench_prune.py --loraprune [--steps 200]
 
-The dense model of that width is the pruned one with torch's own layers of the same sizes; speed is eager and ONNX Runtime, as the
-ratio of the medians (1: as fast; the bar is 0.95). gpt2 is a random model of 4 layers, since no weights of one are at hand.
+The dense model of that width is the pruned one with torch's own layers of the same sizes; speed is eager and ONNX Runtime, as
+the ratio of the medians (1: as fast; the bar is 0.95). gpt2 is a random model of 4 layers, since no weights of one are at hand.
 resnet20: CIFAR test accuracy before and after the norms' statistics are measured again, at equal FLOPs by `torch-pruning` too
 (`pip install --no-deps torch-pruning`). stories260k: perplexity. --loraprune: perplexity of the small Llama at 20 % and 50 %
 pruned, by the recipe `loraprune` and by pruning by magnitude, Wanda's or Taylor's scores before the same steps of LoRA.
@@ -74,7 +74,7 @@ def speed(done: lrc.Compiled, inputs: Mapping[str, Tensor]) -> dict[str, float]:
         for path in paths:
             path.parent.mkdir()
         done.to_onnx(paths[0], cache=False if fixed else None)
-        twin = lrc.capture(dense, inputs={k: v for k, v in done.program.inputs.examples.items()})
+        twin = lrc.capture(dense, inputs=dict(done.program.inputs.examples))
         lrc.compile(twin, {"version": 1, "passes": [{"type": "merge", "optional": True}]}).to_onnx(
             paths[1], cache=False if fixed else None
         )
@@ -107,7 +107,8 @@ def bench_resnet20(kept: float, compare: bool) -> list[dict[str, Any]]:
                 for then in ([], [{"type": "reestimate_norms"}])
             ]
             rows.append({
-                "model": "resnet20", "way": f"{criterion} {allocate}", "flops": round(count_flops(made[0].program, given[:1]) / dense, 3),
+                "model": "resnet20", "way": f"{criterion} {allocate}",
+                "flops": round(count_flops(made[0].program, given[:1]) / dense, 3),
                 "top1": round(accuracy(made[0].module, images, labels), 4),
                 "top1_norms_again": round(accuracy(made[1].module, images, labels), 4),
                 **speed(made[0], {name: given[:32]}),
