@@ -21,7 +21,8 @@ SDPA = aten.scaled_dot_product_attention.default
     "pointwise", aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.clone.default,
     aten.contiguous.default, aten.detach.default, aten.alias.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device,
     aten._to_copy.default, aten.lift_fresh_copy.default, aten.type_as.default, aten.relu6.default, aten.selu.default,
-    aten.prelu.default, aten.rrelu.default, aten.masked_fill.Scalar, aten.where.self, aten.zeros_like.default,
+    aten.prelu.default, aten.rrelu.default, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther,
+    aten.where.ScalarSelf, aten.where.Scalar, aten.zeros_like.default,
     aten.ones_like.default, aten.hardswish_.default, aten.hardsigmoid.default, *ELEMENTWISE,
 )  # fmt: skip
 def pointwise(flow: Flow, node: fx.Node) -> Value:
