@@ -28,6 +28,7 @@ from lrc.run.session import Progress, silent
 from lrc.run.switching import Adapters, adapters_of, load_adapters
 from lrc.spec.load import to_yaml
 from lrc.spec.registry import PASSES, Rule
+from lrc.train.distributed import world
 from lrc.verify.evaluate import raise_on_missed
 
 
@@ -198,7 +199,8 @@ def compile_to_folder(
 
     document, _ = read_spec(spec, overrides)
     path = Path(output or document.output)
-    OutputFolder(path, "", overwrite=overwrite).check()
+    if world().first:
+        OutputFolder(path, "", overwrite=overwrite).check()
     prepared = prepare(model, spec, overrides=overrides, output=path, cache=cache, allow_code=allow_code, progress=progress)
     return write(prepared, path, overwrite=overwrite, resume=resume, allow_code=allow_code)
 

@@ -116,13 +116,17 @@ def compile_(spec: Spec, rest: Rest = None, output: Output = None, as_json: Json
     from lrc import api
     from lrc.report.progress import bars
     from lrc.report.tables import result_table
+    from lrc.train.distributed import world
 
     model, overrides = split_rest(rest)
-    with bars(quiet or as_json) as progress:
+    first = world().first
+    with bars(quiet or as_json or not first) as progress:
         done = api.compile_to_folder(
             model, spec, overrides=overrides, output=output, cache=cache, overwrite=overwrite, resume=resume,
             allow_code=allow_code, progress=progress,
         )  # fmt: skip
+    if not first:
+        return
     show(done.summary(), as_json, result_table(done.summary()))
     done.raise_on_failure()
 

@@ -33,12 +33,14 @@ class ExportOptions(SpecModel):
 class Written:
     """What an export has written: the artifact, from the output folder, and what the user should know about it.
 
-    cached: the artifact takes and returns a key-value cache.
+    cached: the artifact takes and returns a key-value cache. rounding: the relative error that each product of the artifact
+    adds because it rounds its inputs, at most.
     """
 
     artifact: str
     notes: tuple[str, ...] = ()
     cached: bool = False
+    rounding: float = 0.0
 
 
 class Runner(Protocol):

@@ -11,11 +11,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from lrc.errors import LowerError, LrcError
+from lrc.errors import LowerError, LrcError, UsageError
 from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.lower.decoder import CachedDecoder, wants_cache
 from lrc.lower.onnx_adapters import BESIDE, ListedInputs, WithAdapters, adapter_tensors, save_beside
+from lrc.lower.onnx_packed import PackedNodes
 from lrc.lower.transposes import share_transposes
+from lrc.maps import computed_by
 from lrc.program import Program
 
 LARGE = 1_800_000_000  # bytes; a protobuf message ends at 2 GiB
@@ -48,12 +50,25 @@ class OnnxExport(ExportOptions):
         description="inputs: the trained tensors of unmerged adapters are inputs of the graph, by their names, and the present "
         "ones stand in adapters.safetensors beside it, which the runner reads.",
     )
+    quantized: Literal["matmul_nbits", "dequantize"] = Field(
+        default="matmul_nbits",
+        description="How weights of integers in blocks are multiplied: by ONNX Runtime's MatMulNBits, or by the standard's "
+        "DequantizeLinear and MatMul (from opset 21 on), for other runtimes too.",
+    )
+    accuracy_level: Literal[0, 4] = Field(
+        default=4,
+        description="Of MatMulNBits: 4 rounds inputs to 8 bits, which is what makes it fast; 0 multiplies in float32.",
+    )
     opens: ClassVar[str] = "lrc.lower.ort:OrtRunner"
     artifact: ClassVar[str] = FILE
 
     def check(self, program: Program) -> None:
-        """Raise UsageError for a cache that cannot be exported."""
+        """Raise UsageError for a cache that cannot be exported, or a form that the operator set has not."""
         wants_cache(program, self.cache)
+        if self.quantized == "dequantize" and self.opset < 21:
+            raise UsageError(
+                "export.opset", expected="at least 21, from which on DequantizeLinear has blocks", got=str(self.opset)
+            )
 
 
 @exporter(OnnxExport)
@@ -68,7 +83,11 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
     path.parent.mkdir(parents=True, exist_ok=True)
     cached = wants_cache(program, options.cache)
     as_inputs = options.adapters == "inputs"
-    model = lowered(program, cached, options.opset, as_inputs)
+    packed = PackedNodes(options.opset)
+    with computed_by(packed):
+        model = lowered(program, cached, options.opset, as_inputs)
+    level = 4 if options.quantized == "dequantize" else options.accuracy_level  # ONNX Runtime's own choice when it fuses
+    packed_notes = packed.settle(model, options.quantized, level)
     clean(model)
     if cached:
         name_ties(model, program)
@@ -76,7 +95,7 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
         name_sizes(model, program)
         expand_rotations(model)
     share_transposes(model)
-    notes = [WIDENED] if widen(model) else []
+    notes = packed_notes + ([WIDENED] if widen(model) else [])
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)  # protobuf cannot tell the size of what is too large
     external = options.external_data == "always" or (options.external_data == "auto" and size > LARGE)
     extra: dict[str, Any] = {}
@@ -90,7 +109,7 @@ def export_onnx(program: Program, folder: Path, options: OnnxExport) -> Written:
     except onnx.checker.ValidationError as error:
         raise LowerError(FILE, message=f"onnx.checker refuses the file: {error}") from error
     notes += [PREFILL] if program.task == "text-generation" and not cached else []
-    return Written(FILE, tuple(notes), cached)
+    return Written(FILE, tuple(notes), cached, packed.rounding(level))
 
 
 def lowered(program: Program, cached: bool, opset: int, as_inputs: bool = False) -> Any:

@@ -10,6 +10,7 @@ from lrc.maps.conv import Conv, ConvChain, Geometry
 from lrc.maps.dropout import Dropout
 from lrc.maps.fold import fold
 from lrc.maps.gate import Gate
+from lrc.maps.kernels import computed_by
 from lrc.maps.kronecker import Kronecker
 from lrc.maps.layouts import Indices, JointRows, Layout, Patches, Rows, planned
 from lrc.maps.leaves import Dense, Diagonal, Permutation, frozen, frozen_base
@@ -75,6 +76,7 @@ __all__ = [
     "Sum",
     "Triangular",
     "Tucker",
+    "computed_by",
     "fold",
     "frozen",
     "frozen_base",

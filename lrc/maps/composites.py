@@ -1,6 +1,6 @@
 """Maps made of maps: `Chain` (product), `Sum`, `Scale`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from lrc.maps.base import (
     slot_structure,
     slot_weight,
 )
+from lrc.maps.fused import chain_by_kernel, sum_by_kernel
 
 
 class Composite(InParts):
@@ -106,10 +107,23 @@ class Chain(Composite):
 
     def forward(self, x: Tensor, *inputs: Any, **context: Any) -> Tensor:
         """Apply to (..., in_features). inputs: what the map that is applied first takes beside x (the offsets of bags)."""
+        found = None if inputs or context else chain_by_kernel(self.slots, x, self.bias)
+        if found is not None:
+            return found
         first, *rest = self.slots
         for slot in reversed(rest):
             x, inputs = apply_slot(slot, x, None, context, inputs=inputs), ()
         return apply_slot(first, x, self.bias, context, self.spatial, inputs)
+
+    def scaled(self, x: Tensor, scale: float, context: Mapping[str, Any]) -> Tensor:
+        """Return `scale` times what the map gives: in front of the outermost matrix, whose input is the narrower one."""
+        first, *rest = self.slots
+        if isinstance(first, LinearMap) or self.bias is not None or not rest:
+            y: Tensor = self(x, **context)
+            return scale * y
+        for slot in reversed(rest):
+            x = apply_slot(slot, x, None, context)
+        return apply_slot(first, scale * x, None, context)
 
     def exact(self) -> Affine:
         """Return the product and the bias in float64."""
@@ -149,6 +163,9 @@ class Sum(Composite):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
+        found = None if context else sum_by_kernel(self.slots, x, self.bias)
+        if found is not None:
+            return found
         first, *rest = self.slots
         y = apply_slot(first, x, self.bias, context, self.spatial)
         for slot in rest:
@@ -191,7 +208,14 @@ class Scale(Composite):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
-        return self.plus(self.scale * apply_slot(self.slots[0], x, None, context), self.bias)
+        inner = self.slots[0]
+        if self.scale == 1.0:
+            y = apply_slot(inner, x, None, context)
+        elif isinstance(inner, Chain):
+            y = inner.scaled(x, self.scale, context)
+        else:
+            y = self.scale * apply_slot(inner, x, None, context)
+        return self.plus(y, self.bias)
 
     def matrix(self) -> Tensor:
         """Return the scaled weight."""

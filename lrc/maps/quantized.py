@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from lrc.formats import Encoded, NumberFormat, format_of
+from lrc.kernels import quantized_linear, runs_quantized
 from lrc.maps.base import Affine, Cost, InParts, LinearMap, Structure, exact_bias
+from lrc.maps.kernels import by_kernel
 from lrc.maps.recompute import Packed, packed_linear
 
 
@@ -43,6 +45,11 @@ class Quantized(InParts):
         return cls(form.encode(weight), (weight.shape[0], weight.shape[1]), form, weight.dtype, bias)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
     def encoded(self) -> Encoded:
         """The packed tensors."""
         return {name: getattr(self, name) for name in self.names}
@@ -64,7 +71,11 @@ class Quantized(InParts):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
-        return packed_linear(x, self.bias, Packed(lambda values: self.decoded()))
+        found = by_kernel(self, x)
+        if found is None and runs_quantized(x, self.form, self.shape):
+            y = quantized_linear(x, self.encoded, self.form, self.out_features)
+            return y if self.bias is None else y + self.bias
+        return packed_linear(x, self.bias, Packed(lambda values: self.decoded())) if found is None else found
 
     def matrix(self) -> Tensor:
         """Return the decoded weight, which has no gradient."""

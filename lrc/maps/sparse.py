@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lrc.formats import BlockSupport, Support, support_of
 from lrc.maps.base import Affine, Cost, InParts, Structure, as_parameter, exact_bias
+from lrc.maps.kernels import by_kernel
 from lrc.maps.recompute import Packed, packed_linear
 
 ENTRIES = BlockSupport()
@@ -68,6 +69,9 @@ class Sparse(InParts):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
+        found = by_kernel(self, x)
+        if found is not None:
+            return found
         product = self._csr_product if self._pays_as_csr(x) else None
         return packed_linear(x, self.bias, Packed(self.spread, self.gathered, product), self.values)
 

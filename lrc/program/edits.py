@@ -51,7 +51,9 @@ def put(root: nn.Module, fqn: str, made: nn.Module | Tensor) -> None:
     """Set a submodule or tensor, in place of the module or tensor of that name; parents that are missing are made."""
     *parents, name = fqn.split(".")
     for parent in parents:
-        root = root._modules.setdefault(parent, nn.Module())  # type: ignore[assignment]  # none of them is None
+        if parent not in root._modules:
+            root._modules[parent] = nn.Module()
+        root = root._modules[parent]  # type: ignore[assignment]  # none of them is None
     _drop(root, name)
     if isinstance(made, Tensor) and not isinstance(made, nn.Parameter):
         root.register_buffer(name, made)

@@ -1,6 +1,5 @@
 """A captured program: one FX graph, its sites, and the maps that stand at them."""
 
-import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from lrc.program.adapted import Adapted
 from lrc.program.edits import put, raise_uses
 from lrc.program.find import consumers, find_products
 from lrc.program.inputs import Inputs
-from lrc.program.late import LateGraphModule, compiled
+from lrc.program.late import LateGraphModule, compiled, copied
 from lrc.program.loops import write_out
 from lrc.program.recurrences import Recurrent, find_recurrent
 from lrc.program.sites import Names, Site, find_sites
@@ -248,7 +247,7 @@ class Program:
 
     def clone(self) -> "Program":
         """Return a program with its own graph that shares every tensor with this one."""
-        twin = LateGraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
+        twin = LateGraphModule(self.graph_module, copied(self.graph_module.graph))
         made = replace(
             self, graph_module=twin, maps=dict(self.maps), made_by=dict(self.made_by), modules=dict(self.modules),
             inserted=dict(self.inserted), attributes={name: dict(own) for name, own in self.attributes.items()},

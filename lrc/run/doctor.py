@@ -70,7 +70,12 @@ def _gpu() -> Row:
     def find() -> str:
         import torch
 
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "none (everything runs on the CPU)"
+        from lrc.kernels import refusal
+
+        if not torch.cuda.is_available():
+            return "none (everything runs on the CPU)"
+        reason = refusal()
+        return f"{torch.cuda.get_device_name()}; Triton kernels: {'yes' if reason is None else f'no, {reason}'}"
 
     return _row("GPU", _guarded(find), ok=True)
 

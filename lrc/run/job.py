@@ -24,6 +24,7 @@ from lrc.run.session import Session
 from lrc.spec.document import Document
 from lrc.spec.load import to_yaml
 from lrc.spec.registry import EXPORTERS
+from lrc.train.distributed import world
 from lrc.verify.decoding import cases_of
 from lrc.verify.evaluate import evaluate, judge
 from lrc.verify.parity import Artifact, check
@@ -91,8 +92,11 @@ def compile_to(path: Path, job: Job, *, overwrite: bool = False, resume: bool = 
     """Run the job and leave a finished folder at `path`; what a killed run had finished is taken over.
 
     Checks that fail do not lose the result: it is published with what went wrong in its manifest, and the error is raised
-    by the caller from `record.failures`.
+    by the caller from `record.failures`. Of several processes the first one writes; the others run the passes with it.
     """
+    if not world().first:
+        plan = job.plan or run_passes(job.program, job.document.passes, job.session)
+        return Record(plan=plan, model=model_name(job.program)), path
     output = OutputFolder(path, job.key(), overwrite=overwrite, resume=resume)
     with output:
         record = Record(plan=job.plan or Plan(()), model=model_name(job.program))
@@ -143,10 +147,10 @@ def verify_step(output: OutputFolder, job: Job, record: Record, original: Progra
     for name, made in record.artifacts.items():
         if not made["opens"]:  # it is no model by itself, and was checked when it was written
             continue
-        artifact = Artifact(name, output.staging / made["artifact"], made["opens"])
+        artifact = Artifact(name, output.staging / made["artifact"], made["opens"], made.get("rounding", 0.0))
         pairs.append((artifact, cases_of(job.program, dynamic=not made["static"], cached=made["cached"])))
     job.session.progress("verify", 0, 1)
-    record.parity = [row.row() for row in check(pairs, Numerics.of(job.program.tensors()))]
+    record.parity = [row.row() for row in check(pairs, Numerics.of_program(job.program))]
     job.session.progress("verify", 1, 1)
 
 

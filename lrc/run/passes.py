@@ -73,7 +73,11 @@ class RankedOptions(PassOptions):
         description="How a rank-r product is stored: r(m+n) or r(m+n-r) numbers; for convolutions also as several smaller "
         "ones. auto: the smaller; under a budget, for convolutions, that of the least loss for its cost.",
     )
-    round_to: int = Field(default=1, ge=1, description="Ranks are multiples of this.")
+    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=1,
+        description="Ranks are multiples of this; auto: of as many numbers of the model's dtype as a vector of the CPU, or a "
+        "tile of the GPU's tensor cores, holds; under a budget of time the measured times decide.",
+    )
     at: Workload = Field(default=Workload(), description="Shapes that a budget of FLOPs or time counts at.")
     tied: Literal["keep", "untie", "joint", "error"] = Field(
         default="keep",

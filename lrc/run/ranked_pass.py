@@ -23,7 +23,7 @@ from lrc.run.points import drawer
 from lrc.run.propagation import in_groups, lockstep
 from lrc.run.quality import judge_of, points_of, trials_for
 from lrc.run.selection import Selected, select_sites
-from lrc.run.session import Session, settled
+from lrc.run.session import Session, alignment, settled
 from lrc.run.site_pass import Made, SitePass, put
 from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
@@ -36,6 +36,7 @@ class RankedSitePass(SitePass):
 
     def plan(self, program: Program, session: Session, options: Any, index: int) -> Sequence[Decision]:
         """Decompose every selected weight, and let the rank policy choose."""
+        note_alignment(program, session, options)
         options = settled(program, options)
         if isinstance(options.solver, GroupOptions):
             return plan_groups(program, session, options, index)
@@ -181,6 +182,14 @@ class RankedSitePass(SitePass):
                 done[d.name] = put(program, d, made_by_name[fqn])
         program.settle()
         return [with_note(program, d, note) for d, note in absorbed(program, done.values())]
+
+
+def note_alignment(program: Program, session: Session, options: Any) -> None:
+    """Say in the plan what `round_to: auto` is."""
+    step, reason = alignment(program, options)
+    note = f"ranks are multiples of {step} (`round_to: auto`): {reason}"
+    if reason and note not in session.notices:
+        session.notices.append(note)
 
 
 def compressed(options: Any) -> bool:

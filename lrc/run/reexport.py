@@ -46,8 +46,8 @@ def export_folder(folder: Path, kind: str, output: Path | None = None, settings:
                 hint="Choose another folder with `-o`",
             )
         cases = cases_of(program, cached=written.cached)
-        artifact = Artifact(kind, scratch / written.artifact, options.opens)
-        rows = check([(artifact, cases)], Numerics.of(program.tensors()))
+        artifact = Artifact(kind, scratch / written.artifact, options.opens, written.rounding)
+        rows = check([(artifact, cases)], Numerics.of_program(program))
         files = []
         for path in made:
             place = target / path.relative_to(scratch)

@@ -1,6 +1,7 @@
 """What the passes of one run share: calibration data, statistics, the cache and a way to report progress."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -10,6 +11,7 @@ import torch
 from lrc.data import Batches
 from lrc.errors import DataError, SolverError, UsageError
 from lrc.measure import Cache, collect, digest
+from lrc.measure.alignment import aligned
 from lrc.measure.blocks import activation_bytes
 from lrc.measure.collect import changes_in_place
 from lrc.measure.cotangents import has_classes
@@ -217,7 +219,24 @@ class Session:
 def settled(program: Program, options: Any) -> Any:
     """Return the options of a ranked pass with what its solver leaves to the model settled."""
     solver = options.solver.settled(logits=has_classes(program.task))
-    return options.model_copy(update={"solver": solver})
+    settled_options: dict[str, Any] = {"solver": solver}
+    if hasattr(options, "round_to"):
+        settled_options["round_to"] = alignment(program, options)[0]
+    return options.model_copy(update=settled_options)
+
+
+def alignment(program: Program, options: Any) -> tuple[int, str]:
+    """Return what ranks are multiples of, and for `auto` why. Measured times say by themselves which ranks are fast."""
+    if options.round_to != "auto":
+        return options.round_to, ""
+    if options.rank.budget and options.rank.unit == "ms":
+        return 1, "the times that were measured decide"
+    sites = [site for site in program.sites.values() if not site.layout.looked_up] or list(program.sites.values())
+    dtypes = Counter(site.dtype for site in sites)
+    if not sites:
+        return 1, "the model has no sites"
+    device = next(iter(program.tensors().values())).device
+    return aligned(device, max(dtypes, key=dtypes.__getitem__), [site.full_rank for site in sites])
 
 
 def shapes_of(program: Program) -> str:

@@ -15,11 +15,13 @@ from lrc.data import Batch
 from lrc.errors import DataError, TrainError
 from lrc.train.checkpoint import Checkpoints
 from lrc.train.data import Examples
+from lrc.train.distributed import Alone
 from lrc.train.memory import Watch
 from lrc.train.recipes.base import Recipe
 from lrc.train.schedule import Schedule
 
 GROWTH = 1000.0  # times the first loss (or 1, if that is more): the run has diverged
+RANKS = 2**40  # between the seeds of two processes
 Row = dict[str, float]
 
 
@@ -64,6 +66,7 @@ class Loop:
 
     module: is put into training mode for a step and into eval mode else; buffers: what else a step changes (running
     statistics). in_backward: the optimizer steps while gradients are computed (`PerLayer`). report: told the steps done.
+    parallel: how several processes share the work (`distributed`); then losses and parameters are what it has made of them.
     grown: bytes that a step allocated at most, measured once, at the largest batch of an epoch.
     """
 
@@ -78,6 +81,7 @@ class Loop:
     validation: Validation | None = None
     in_backward: bool = False
     recipe: Recipe = field(default_factory=Recipe)
+    parallel: Alone | None = None
     report: Callable[[int, int], None] = lambda done, total: None
     history: list[Row] = field(default_factory=list)
     best: dict[str, Any] | None = None
@@ -91,6 +95,7 @@ class Loop:
         A checkpoint of the same run is taken over. With a validation, the best parameters are left in place, else the last.
         Raises TrainError for a loss or gradient that is not finite and for a run that diverges, DataError for too little data.
         """
+        self.parallel = self.parallel or Alone(self.losses, self.parameters)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         per_epoch = len(self.batches_of(0))
         if per_epoch == 0:
@@ -102,7 +107,7 @@ class Loop:
             done = self.restore()
             steps = self.settings.steps
             self.report(done, steps)
-            watched = self.heaviest(done, per_epoch)
+            watched = self.heaviest(done, per_epoch) if self.shared.world.size == 1 else None
             while done < steps and not self.stopped():
                 with self.watching() if done == watched else nullcontext():
                     self.history.append(self.step(done, per_epoch))
@@ -110,12 +115,21 @@ class Loop:
                 if self.validation and (done % self.validation.every == 0 or done == steps):
                     self.validate(done)
                 if done % self.settings.checkpoint_every == 0 or done == steps or self.stopped():
-                    self.checkpoints.save(done, self.state(done))
+                    state = self.shared.whole(self.state(done))
+                    if self.shared.world.first:
+                        self.checkpoints.save(done, state)
                 self.report(done, steps)
         if self.best is not None:
             self.load(self.best["parameters"], self.best["buffers"])
+        self.shared.finish()
         self.module.eval()
         return self.history
+
+    @property
+    def shared(self) -> Alone:
+        """How the work is shared, from the start of the run on."""
+        assert self.parallel is not None, "set when the run starts"
+        return self.parallel
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -153,16 +167,17 @@ class Loop:
         for micro in range(done * settings.accumulate, (done + 1) * settings.accumulate):
             epoch, place = divmod(micro, per_epoch)
             batches = self.batches_of(epoch)
-            batch = self.examples.batch(batches[place % len(batches)])
-            seed = settings.seed * 1_000_003 + micro
+            batch = self.examples.batch(self.shared.share(batches[place % len(batches)]))
+            seed = settings.seed * 1_000_003 + micro + RANKS * self.shared.world.rank
             torch.manual_seed(seed)
-            with autocast(self.parameters, settings.bfloat16):
-                loss = self.losses(batch, torch.Generator().manual_seed(seed)) / settings.accumulate
-            penalty = self.recipe.penalty() if micro == done * settings.accumulate else None
-            total += float(loss.detach())
-            if not math.isfinite(total):
-                raise self.failure(done, f"the loss is {total}")
-            (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+            with self.shared.accumulating() if micro + 1 < (done + 1) * settings.accumulate else nullcontext():
+                with autocast(self.parameters, settings.bfloat16):
+                    loss = self.shared.losses(batch, torch.Generator().manual_seed(seed)) / settings.accumulate
+                penalty = self.recipe.penalty() if micro == done * settings.accumulate else None
+                total += self.shared.world.mean(float(loss.detach()))
+                if not math.isfinite(total):
+                    raise self.failure(done, f"the loss is {total}")
+                (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]  # torch has no annotation
         first = self.history[0]["loss"] if self.history else total
         if total > GROWTH * max(first, 1.0):
             raise self.failure(done, f"the loss has grown from {first:.4g} to {total:.4g}")
@@ -180,7 +195,7 @@ class Loop:
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not grads:
             raise self.failure(done, "no trained parameter has a gradient: the loss does not depend on any of them")
-        norm = float(nn.utils.get_total_norm(grads))
+        norm = float(self.shared.whole(nn.utils.get_total_norm(grads)))
         if not math.isfinite(norm):
             names = [n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
             self.optimizer.zero_grad(set_to_none=True)
@@ -200,8 +215,8 @@ class Loop:
         """Measure, and remember the parameters where they are the best so far."""
         assert self.validation is not None, "only called with a validation"
         self.module.eval()
-        with torch.no_grad():
-            value = float(self.validation.measure())
+        with torch.no_grad(), self.shared.gathered():
+            value = self.shared.world.agreed(float(self.validation.measure()))
         self.history[-1]["validation"] = value
         if not math.isfinite(value):
             raise self.failure(done, f"the validation figure is {value}")
@@ -234,11 +249,12 @@ class Loop:
 
     def restore(self) -> int:
         """Take over the newest checkpoint; return the steps that it had done."""
-        found = self.checkpoints.newest()
+        found = self.checkpoints.newest() if self.shared.world.first else None
+        found = self.shared.world.agreed(found)
         if found is None:
             return 0
         self.load(found["parameters"], found["buffers"])
-        self.optimizer.load_state_dict(found["optimizer"])
+        self.shared.load_optimizer(self.optimizer, found["optimizer"])
         self.recipe.load(found["recipe"])
         self.history, self.best = list(found["history"]), found["best"]
         return int(found["step"])
@@ -248,7 +264,7 @@ class Loop:
         """Copy values into the model."""
         for held, given in ((self.parameters, parameters), (self.buffers, buffers)):
             for name, value in given.items():
-                held[name].copy_(value)
+                held[name].copy_(self.shared.shared(value, held[name]))
 
 
 def autocast(parameters: Mapping[str, Tensor], bfloat16: bool) -> AbstractContextManager[Any]:

@@ -48,7 +48,7 @@ def _of_map(program: Program, fqn: str, which: Which) -> set[str]:
         f"{module}.{name}"
         for module, made in program.placed(fqn).items()
         for name, p in made.named_parameters()
-        if p.is_floating_point() and (p.requires_grad or (not adapter and name == "bias"))
+        if p.is_floating_point() and (p.requires_grad or (name == "bias" and not adapter and not program.frozen))
     }
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ TIMEOUT = 1800  # seconds; a compiled artifact may compile again when it is open
 
 @dataclass(frozen=True)
 class Artifact:
-    """What is checked: its format, its path, and `module:callable` that opens it."""
+    """What is checked: its format, its path, `module:callable` that opens it, and how it rounds (see `Written`)."""
 
     format: str
     path: Path
     opens: str
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def check(artifacts: Sequence[tuple[Artifact, Sequence[Case]]], numerics: Numeri
                 rows += [
                     row
                     for case, found in zip(cases, outputs, strict=True)
-                    for row in compare(artifact.format, case, found, numerics)
+                    for row in compare(artifact.format, case, found, replace(numerics, rounding=artifact.rounding))
                 ]
         finally:
             for _, _, (process, _) in running:

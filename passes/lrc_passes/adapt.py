@@ -72,7 +72,10 @@ class AdaptPass:
         wanted = {d.sites[0]: asked(program.sites[d.sites[0]], d.rank, options) for d in work}
         of = sources(program, session, options.start, wanted, int(options.gradient_mb * 2**20))
         done = {d.name: d for d in decisions}
-        task = Work(program, session, options, {"shapes": [program.sites[d.sites[0]].shape for d in work]}, False)
+        shared = {
+            "shapes": [program.sites[d.sites[0]].shape for d in work], "options": options.method.model_dump(exclude={"type"}),
+        }  # fmt: skip
+        task = Work(program, session, options, shared, False)
         program.freeze()
         made = {}
         for d in session.track(options.type, work):
@@ -184,7 +187,7 @@ def remembered(place: Place, options: Adapt, alpha: float | None) -> Adapted | N
     return Adapted(
         options.method.type, place.rank, alpha, place.scaling,
         init=None if initial is None or start is None else start.type,
-        dropout=place.dropout, initial=factors, options=options.method.model_dump(exclude={"type"}),
+        dropout=place.dropout, initial=factors, options=place.shared["options"],
     )  # fmt: skip
 
 

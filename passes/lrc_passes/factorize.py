@@ -59,6 +59,7 @@ def in_two_factors(site: Site, statistics: Statistics, rank: int, options: Facto
     note = f"two factors in place of the pivoted form: {reason}"
     if options.rank.budget:
         m, n = site.out_features, site.in_features
+        assert options.round_to != "auto", "a run settles it"
         fits = max(1, rank * (m + n - rank) // (m + n))
         rank = fits // options.round_to * options.round_to or fits
     B, A, bias = statistics.decomposition.truncate(rank, site.dtype)

@@ -30,15 +30,17 @@ from lrc.spec.base import SpecModel
 from lrc.spec.registry import METRICS, OBJECTIVES, OPTIMIZERS, RECIPES, Registered
 from lrc.train.checkpoint import Checkpoints
 from lrc.train.data import DataField, Examples
+from lrc.train.distributed import Sharded, world
 from lrc.train.loop import Loop, Settings
 from lrc.train.objectives import ObjectiveOptions
 from lrc.train.optim import OptimizerOptions, PerLayer, Trained
 from lrc.train.optim.adamw import AdamWOptions
-from lrc.train.recipes import Context, Recipe, RecipeOptions
+from lrc.train.recipes import Context, Own, Recipe, RecipeOptions
 from lrc.train.schedule import Schedule, ScheduleField
 from lrc.train.select import Which, as_trained, trained_names
 from lrc_passes.train_memory import measured, predict
 from lrc_passes.train_run import Judge, Runs, examples_of
+from lrc_passes.train_share import check_shares, parallel_of
 
 
 class ValidationSpec(SpecModel):
@@ -94,6 +96,10 @@ class Train(PassOptions):
         default=False,
         description="Compute the activations of repeated blocks again in the backward pass: less memory, more time.",
     )
+    distributed: Literal["auto", "ddp", "fsdp2"] = Field(
+        default="auto",
+        description="With several processes of torchrun: every one holds all that is trained (ddp), or a share of it (fsdp2).",
+    )
     seed: int = Field(default=0, ge=0, description="Of the order of the data, dropout and all else.")
     checkpoint_every: int = Field(default=100, ge=1, description="Steps between two checkpoints.")
     recipe: Annotated[RecipeOptions | None, Registered(RECIPES, optional=True)] = Field(
@@ -118,7 +124,8 @@ class Train(PassOptions):
             given = self.validation.data or self.validation.metric
             dataset = getattr(given, "dataset", None)
             found |= {"validation": dataset} if dataset else {}
-        return found
+        others = getattr(self.recipe, "data", None)
+        return found if others is None else found | {"recipe": others.dataset}
 
 
 @program_pass(Train)
@@ -128,6 +135,7 @@ class TrainPass:
     def plan(self, program: Program, session: Session, options: Train, index: int) -> Sequence[Decision]:
         """Return a decision for every site with trained numbers. Raises UsageError when there is nothing to train."""
         chosen = chosen_sites(program, session, options, index)
+        check_shares(options, session.where(index))
         everything = trained_names(program, list(chosen), options.parameters, options.also, session.where(index))
         names = set(everything)
         tensors = program.tensors()
@@ -156,18 +164,26 @@ class TrainPass:
         examples = examples_of(program, session, options, options.data)
         key = run_key(program, session, options, examples, names)
         statistics = running_statistics(program) if options.batch_norm == "update" else frozenset()
-        parameters = own(program, names, statistics)
+        parameters: dict[str, Tensor] = {**own(program, names, statistics)}
         program.settle()
         runs = Runs.of(program, session, options, [d.sites[0] for d in decisions])
         session.notices += [f"train: {note}" for note in runs.notes]
         settings = settings_of(options, examples)
+        parallel = parallel_of(options, runs, parameters)
+        if isinstance(parallel, Sharded):
+            runs, parameters = replace(runs, student=parallel.student), parallel.parameters
+            parallel.losses = runs.loss
         optimizer = optimizer_of(options, as_trained(parameters, runs.gates))
-        recipe = recipe_of(options, runs, parameters, optimizer, settings, examples)
+        basis = Own(
+            runs.student, runs.loss, examples, options.batch_size, lambda data: examples_of(program, session, options, data)
+        )
+        recipe = recipe_of(options, runs, parameters, optimizer, settings, basis)
         loop = Loop(
             module=runs.student, parameters=parameters, buffers={n: program.tensors()[n] for n in sorted(statistics)},
             examples=examples, losses=runs.loss, optimizer=optimizer, settings=settings,
             checkpoints=Checkpoints(session.cache.folder / "train" / key[:32]),
             validation=validation_of(program, session, options, runs), in_backward=options.per_layer, recipe=recipe,
+            parallel=parallel,
             report=lambda done, total: session.progress("train", done, total),
         )  # fmt: skip
         history = loop.run()
@@ -201,14 +217,14 @@ def optimizer_of(options: Train, trained: Trained) -> Optimizer:
 
 
 def recipe_of(
-    options: Train, runs: Runs, parameters: Mapping[str, Tensor], optimizer: Optimizer, settings: Settings, examples: Examples
+    options: Train, runs: Runs, parameters: Mapping[str, Tensor], optimizer: Optimizer, settings: Settings, own: Own
 ) -> Recipe:
     """Return the recipe, or one that does nothing."""
     if options.recipe is None:
         return Recipe()
-    batches = len(examples.epoch(options.batch_size, options.seed, 0))
+    batches = len(own.examples.epoch(options.batch_size, options.seed, 0))
     steps = max(1, batches // options.accumulate)
-    about = Context(runs.program, runs.fqns, parameters, runs.gates, optimizer, settings.steps, steps, options.seed)
+    about = Context(runs.program, runs.fqns, parameters, runs.gates, optimizer, settings.steps, steps, options.seed, own)
     made: Recipe = RECIPES.for_options(options.recipe)(about, options.recipe)
     return made
 
@@ -229,6 +245,7 @@ def run_key(program: Program, session: Session, options: Train, examples: Exampl
         "train-1", program.digest(), teacher, told, list(examples.items), list(names),
         [sha256(file) for file in files if file.is_file()],
         torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
+        *([world().size] if world().size > 1 else []),
     )  # fmt: skip
 
 

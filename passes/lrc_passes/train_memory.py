@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lrc.data import Batch
 from lrc.measure.cotangents import has_classes
+from lrc.train.distributed import world
 from lrc.train.loop import Loop, autocast
 from lrc.train.memory import held, predicted
 from lrc.train.objectives.base import Outputs
@@ -23,6 +24,9 @@ def predict(runs: Runs, names: Sequence[str], index: int) -> None:
     optimizer's state; and the most that lives at once in a forward and backward pass of the largest batch of an epoch.
     """
     session, options, program = runs.session, runs.options, runs.program
+    if world().size > 1:
+        session.notices.append("train: the memory of a step is predicted for one process alone")
+        return
     examples = examples_of(program, session, options, options.data)
     batches = examples.epoch(options.batch_size, options.seed, 0)
     if not batches:

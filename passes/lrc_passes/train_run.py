@@ -17,6 +17,7 @@ from lrc.run import Session
 from lrc.spec.registry import METRICS, OBJECTIVES
 from lrc.train.blocks import in_blocks
 from lrc.train.data import Examples, TrainData, load_examples, of_batches
+from lrc.train.distributed import world
 from lrc.train.loop import Validation
 from lrc.train.objectives import Step
 from lrc.train.taps import tapped
@@ -60,29 +61,33 @@ class Runs:
         ]
         notes = made.notes
         student: nn.Module = graph
-        if options.checkpointing:
-            student = blocks = in_blocks(program, graph, recompute=True)
+        if options.checkpointing or (options.distributed == "fsdp2" and world().size > 1):
+            student = blocks = in_blocks(program, graph, recompute=options.checkpointing)
             notes += tuple(blocks.notes)
         return cls(student, judged, teacher, program, options, session, notes, taps, tuple(gates), tuple(fqns))
 
-    def loss(self, batch: Batch, generator: torch.Generator, *, judged: bool = False) -> Tensor:
-        """Return the objective's loss of a batch, in training or in eval mode."""
+    def loss(
+        self, batch: Batch, generator: torch.Generator, *, judged: bool = False, values: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the objective's loss of a batch, in training or in eval mode. values: in place of parameters, by name."""
         options = self.options.objective
         mask_id, vocabulary = self.tokens()
         step = Step(
-            batch, self.runner(self.judged if judged else self.student), self.teacher and self.runner(self.teacher),
+            batch, self.runner(self.judged if judged else self.student, values), self.teacher and self.runner(self.teacher),
             self.program.task, generator, mask_id, vocabulary, self.taps, self.session.allow_code,
         )  # fmt: skip
         loss = OBJECTIVES.for_options(options)(step, options)
         assert isinstance(loss, Tensor), "every objective returns a tensor"
         return loss
 
-    def runner(self, module: nn.Module) -> Any:
+    def runner(self, module: nn.Module, values: Mapping[str, Tensor] | None = None) -> Any:
         """Return a function from a batch to the outputs of a module by name."""
 
         def run(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            outputs: Mapping[str, Tensor] = module(**self.program.inputs.fill(batch))
-            return outputs
+            filled = self.program.inputs.fill(batch)
+            if values is None:
+                return module(**filled)  # type: ignore[no-any-return]  # a program returns a mapping
+            return torch.func.functional_call(module, dict(values), (), filled)  # type: ignore[no-any-return]  # as above
 
         return run
 

@@ -1,6 +1,7 @@
 """The examples are what a user runs first: they run."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -87,3 +88,17 @@ def test_without_its_data_the_click_model_says_what_to_install(
     monkeypatch.setattr(deepfm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps recbole"):
         deepfm.movielens()
+
+
+@pytest.mark.slow
+def test_the_users_own_trainer_trains_what_was_inserted(
+    example: Callable[[str], ModuleType], bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("accelerate", reason="skipped: transformers.Trainer needs `pip install accelerate`")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of transformers' Trainer and of accelerate
+        example("trainer").main([str(bert), "--steps", "3"])
+    said = capsys.readouterr().out
+    assert float(said.split("gradients of the two views: ")[1].split()[0]) < 1e-5
+    assert " in 3 steps\n" in said
+    assert said.endswith("wrote model.onnx\n")

@@ -147,7 +147,7 @@ def test_a_group_with_too_few_numbers_gets_zeros_beside_them() -> None:
     assert made.dense().weight.tolist() == [[0, 0, 0, 0, 0, 0, 1, 0]]
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, "few"])
+@pytest.mark.parametrize("pattern", ["all", "2:4", "4:8", "2x3", "few"])
 def test_the_gradients_of_a_sparse_map_are_right(pattern: str) -> None:
     few = pattern == "few"
     kept = supported(4, 18, "all" if few else pattern, 0.03 if few else 0.5, seed=2)
@@ -160,7 +160,7 @@ def test_the_gradients_of_a_sparse_map_are_right(pattern: str) -> None:
 
     given = (x, made.values.detach().clone().requires_grad_(), randn(4, seed=5).requires_grad_())
     assert torch.autograd.gradcheck(apply, given)
-    assert torch.autograd.gradgradcheck(apply, given)
+    assert torch.autograd.gradgradcheck(apply, given, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -168,7 +168,7 @@ def test_the_gradients_of_a_quantised_map_are_right(name: str) -> None:
     made = Quantized.of(randn(4, 18, seed=1), FORMATS[name], randn(4, seed=4)).double()
     x = randn(1, 2, 18, seed=3).requires_grad_()
     assert torch.autograd.gradcheck(made, (x,))
-    assert torch.autograd.gradgradcheck(made, (x,))
+    assert torch.autograd.gradgradcheck(made, (x,), fast_mode=True)
     made(x).sum().backward()
     assert made.bias is not None
     torch.testing.assert_close(made.bias.grad, torch.full((4,), 2.0, dtype=torch.float64))

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lrc.train.optim import Adam, Fira, GaLore
+from lrc.errors import UsageError
+from lrc.spec.registry import OPTIMIZERS
+from lrc.train.optim import Adam, Fira, GaLore, Trained
+from lrc.train.optim.fira import FiraOptions
+from lrc.train.optim.galore import GaLoreOptions
 from lrc.train.optim.projection import basis, down, up
 
 GAP = 4
@@ -232,3 +236,18 @@ def test_options_out_of_range_are_refused() -> None:
         Fira([p], rank=1, proj_type="full")
     with pytest.raises(ValueError, match="state_bits is 8 or 32"):
         Fira([p], rank=1, state_bits=4)
+
+
+def test_ignored_matrices_get_plain_adam_and_a_pattern_must_match() -> None:
+    parameters = {name: nn.Parameter(torch.randn(6, 9)) for name in ("embed.weight", "block.weight")}
+    parameters["block.bias"] = nn.Parameter(torch.randn(6))
+    made = OPTIMIZERS.get("galore")(Trained(parameters), GaLoreOptions(rank=2, ignore=["embed.*"]))
+    for p in parameters.values():
+        p.grad = torch.randn_like(p)
+    made.step()
+    assert made.state[parameters["embed.weight"]]["exp_avg"].shape == (6, 9)
+    assert made.state[parameters["block.weight"]]["exp_avg"].shape == (2, 9)
+    with pytest.raises(UsageError, match="`ignore: head` matches no trained parameter"):
+        OPTIMIZERS.get("fira")(Trained(parameters), FiraOptions(rank=2, ignore=["head"]))
+    alone = Trained({"block.weight": parameters["block.weight"]})  # as updates in the backward pass have it
+    assert OPTIMIZERS.get("galore")(alone, GaLoreOptions(rank=2, ignore=["embed.*"])).param_groups[0]["rank"] == 2

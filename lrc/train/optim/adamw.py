@@ -1,6 +1,6 @@
 """AdamW and SGD of torch, as the spec names them."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ class AdamWOptions(OptimizerOptions):
     """`torch.optim.AdamW`."""
 
     type: Literal["adamw"] = "adamw"
+    sharded: ClassVar[bool] = True
 
 
 class Adam8bitOptions(OptimizerOptions):
@@ -33,6 +34,7 @@ class SGDOptions(OptimizerOptions):
     type: Literal["sgd"] = "sgd"
     lr: float = Field(default=1e-2, ge=0, description="Learning rate.")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="Of the running mean of the gradients.")
+    sharded: ClassVar[bool] = True
 
     def state_bytes(self, shape: torch.Size, itemsize: int) -> int:
         """Return the bytes of the momentum, if there is one."""

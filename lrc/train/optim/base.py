@@ -1,6 +1,6 @@
 """What an optimiser of the spec is given, and how one is registered."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -18,7 +18,7 @@ R = TypeVar("R")
 class OptimizerOptions(Tagged):
     """Options that every optimiser has.
 
-    per_layer: whether it may be run for every parameter alone.
+    per_layer: whether it may be run for every parameter alone; sharded: for a share of every parameter.
     """
 
     lr: float = Field(default=1e-3, ge=0, description="Learning rate.")
@@ -26,6 +26,7 @@ class OptimizerOptions(Tagged):
     eps: float = Field(default=1e-8, ge=0, description="Added to the root of the mean square.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled; matrices alone decay, not biases, norms and gates.")
     per_layer: ClassVar[bool] = True
+    sharded: ClassVar[bool] = False
 
     def state_bytes(self, shape: torch.Size, itemsize: int) -> int:
         """Return the bytes of the state of a parameter: two numbers for each of its own, where nothing else is said."""
@@ -45,16 +46,22 @@ class Trained:
     pairs: tuple[tuple[str, str], ...] = field(default=())
 
     def groups(
-        self, *, matrices: Mapping[str, Any] | None = None, gates: Mapping[str, Any] | None = None
+        self,
+        *,
+        matrices: Mapping[str, Any] | None = None,
+        gates: Mapping[str, Any] | None = None,
+        plain: Collection[str] = (),
     ) -> list[dict[str, Any]]:
         """Return parameter groups for `torch.optim`: matrices with their options, vectors, and gates with theirs.
 
-        Vectors (biases, norms) and gates do not decay; a group without parameters is left out.
+        plain: names of matrices that go without the options. Vectors (biases, norms) and gates do not decay; a group without
+        parameters is left out.
         """
-        kinds: dict[str, list[Tensor]] = {"matrices": [], "vectors": [], "gates": []}
+        kinds: dict[str, list[Tensor]] = {"matrices": [], "plain": [], "vectors": [], "gates": []}
         for name, value in self.parameters.items():
-            kinds["gates" if name in self.gates else "matrices" if value.ndim > 1 else "vectors"].append(value)
-        options = {"matrices": dict(matrices or {}), "vectors": {"weight_decay": 0.0}}
+            of_matrix = "plain" if name in plain else "matrices"
+            kinds["gates" if name in self.gates else of_matrix if value.ndim > 1 else "vectors"].append(value)
+        options = {"matrices": dict(matrices or {}), "plain": {}, "vectors": {"weight_decay": 0.0}}
         options["gates"] = {"weight_decay": 0.0, **(gates or {})}
         return [{"params": kinds[kind], **options[kind]} for kind in kinds if kinds[kind]]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrc.train.optim.adam import Params
 from lrc.train.optim.base import Trained, optimizer
-from lrc.train.optim.galore import GaLore, GaLoreOptions
+from lrc.train.optim.galore import GaLore, GaLoreOptions, groups_of
 from lrc.train.optim.projection import up
 
 Residual = Literal["reference", "orthogonal"]
@@ -90,6 +90,6 @@ class FiraOptions(GaLoreOptions):
 
 @optimizer(FiraOptions)
 def fira(trained: Trained, options: FiraOptions) -> Fira:
-    """Return Fira over what is trained: matrices projected, vectors and gates not."""
+    """Return Fira over what is trained: matrices projected; vectors, gates and what is ignored not."""
     given = options.arguments()
-    return Fira(trained.groups(matrices={"rank": given.pop("rank")}), **given)
+    return Fira(groups_of(trained, options, given.pop("rank")), **given)

@@ -7,6 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lrc.errors import UsageError
+from lrc.spec.patterns import Candidate, select
 from lrc.train.optim.adam import Adam, Params
 from lrc.train.optim.base import OptimizerOptions, Trained, optimizer
 from lrc.train.optim.projection import SIDES, ProjType, basis, down, side_of, up
@@ -73,6 +75,13 @@ class GaLoreOptions(OptimizerOptions):
     scale: float = Field(default=0.25, gt=0, description="Factor of the step that comes back from the subspace.")
     proj_type: ProjType = Field(default="std", description="Side that is projected; std: the shorter one.")
     state_bits: Literal[8, 32] = Field(default=32, description="Bits of the moments.")
+    ignore: list[str] = Field(
+        default=[], description="Patterns of parameters that get plain AdamW: embeddings and heads, as published."
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the options without the patterns, which say what the groups are."""
+        return self.model_dump(exclude={"type", "ignore"})
 
     def state_bytes(self, shape: torch.Size, itemsize: int) -> int:
         """Return the bytes of the subspace and of the moments inside it."""
@@ -87,6 +96,17 @@ class GaLoreOptions(OptimizerOptions):
 
 @optimizer(GaLoreOptions)
 def galore(trained: Trained, options: GaLoreOptions) -> GaLore:
-    """Return GaLore over what is trained: matrices projected, vectors and gates not."""
+    """Return GaLore over what is trained: matrices projected; vectors, gates and what is ignored not."""
     given = options.arguments()
-    return GaLore(trained.groups(matrices={"rank": given.pop("rank")}), **given)
+    return GaLore(groups_of(trained, options, given.pop("rank")), **given)
+
+
+def groups_of(trained: Trained, options: GaLoreOptions, rank: int) -> list[dict[str, Any]]:
+    """Return the groups, of which one is projected. Raises UsageError for a pattern that matches no parameter."""
+    found = select([Candidate(name, "Parameter") for name in trained.parameters], options.ignore)
+    if found.unmatched and len(trained.parameters) > 1:  # one parameter alone: it is updated by itself
+        raise UsageError(
+            "train.optimizer", message=f"`ignore: {found.unmatched[0]}` matches no trained parameter",
+            hint=f"There are {', '.join(list(trained.parameters)[-3:])} and others",
+        )  # fmt: skip
+    return trained.groups(matrices={"rank": rank}, plain=found.rules)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrc.data import Batch
 from lrc.program import Program
 from lrc.spec.base import Tagged
 from lrc.spec.registry import RECIPES, Rule
+from lrc.train.data import Examples, TrainData
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -17,6 +20,29 @@ R = TypeVar("R")
 
 class RecipeOptions(Tagged):
     """Options of a recipe."""
+
+
+class Loss(Protocol):
+    """The objective on a batch."""
+
+    def __call__(
+        self, batch: Batch, generator: torch.Generator, *, judged: bool = False, values: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the mean loss, with its graph. judged: in eval mode; values: in place of parameters, by name."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a recipe needs for losses of its own.
+
+    module: is in training mode or in eval mode; examples: of the training; read: reads other data as the objective does.
+    """
+
+    module: nn.Module
+    loss: Loss
+    examples: Examples
+    batch_size: int
+    read: Callable[[TrainData], Examples]
 
 
 @dataclass(frozen=True)
@@ -31,6 +57,7 @@ class Context:
     steps: int
     per_epoch: int
     seed: int = 0
+    own: Own | None = None
 
 
 class Recipe:
