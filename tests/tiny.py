@@ -13,6 +13,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,7 +199,8 @@ def check_here(artifacts: Sequence[tuple[Artifact, Sequence[Case]]], numerics: N
     for artifact, cases in artifacts:
         module, _, name = artifact.opens.partition(":")
         runner = getattr(importlib.import_module(module), name)(artifact.path.absolute())
-        rows += [row for case in cases for row in compare(artifact.format, case, run(runner, case.inputs), numerics)]
+        rounds = replace(numerics, rounding=artifact.rounding)
+        rows += [row for case in cases for row in compare(artifact.format, case, run(runner, case.inputs), rounds)]
     return rows
 
 

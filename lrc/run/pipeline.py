@@ -5,13 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 from lrc.program import Program, Site
+from lrc.program.find import consumers, find_products
 from lrc.program.loops import put_back, write_out
-from lrc.run.passes import needs_of, pass_for
+from lrc.program.stored import named_tensors
+from lrc.run.passes import RankedOptions, needs_of, pass_for
 from lrc.run.plan import Decision, Plan
 from lrc.run.points import difference
 from lrc.run.session import Session
 from lrc.run.site_pass import SitePass
 from lrc.solvers import Need
+
+SHOWN = 3  # tensors that a note names
 
 
 def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan:
@@ -61,9 +65,24 @@ def finished(plan: Plan, program: Program, passes: Sequence[Any], session: Sessi
         plan,
         peak_memory=predicted_memory(program, passes, plan, session),
         shadowed=tuple(session.shadowed),
-        notes=tuple(session.notices),
+        notes=(*session.notices, *left_dense(program, passes)),
         points=tuple(session.points),
     )
+
+
+def left_dense(program: Program, passes: Sequence[Any]) -> list[str]:
+    """Return a line on stored tensors of three and more dimensions that are no sites: experts, transposed convolutions."""
+    if not any(isinstance(options, RankedOptions) for options in passes):
+        return []
+    graph, tensors = program.graph_module.graph, dict(named_tensors(program.graph_module, remove_duplicate=False))
+    readers = consumers(graph, find_products(graph, tensors), tensors, program.recurrent)
+    found = {name: ops for name, ops in readers.items() if tensors[name].ndim > 2 and tensors[name].is_floating_point()}
+    if not found:
+        return []
+    first = [f"{name} {tuple(tensors[name].shape)}, read by {found[name][0]}" for name in list(found)[:SHOWN]]
+    more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    numbers = sum(tensors[name].numel() for name in found)
+    return [f"no sites, so they stay dense ({numbers} of {program.size()[0]} parameters): {'; '.join(first)}{more}"]
 
 
 def predicted_memory(program: Program, passes: Sequence[Any], plan: Plan, session: Session) -> int:

@@ -1,6 +1,9 @@
 """From a spec and a model to what a run needs: the captured program, the session, checks before any work."""
 
+import atexit
+import functools
 import importlib.util
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +86,7 @@ def prepare(
     program = capture(model, document=document, inputs=inputs, allow_code=allow_code, base=base)
     progress("capture", 1, 1)
     spec_cache = document.calibration.cache if document.calibration else None
-    place = cache or (Path(spec_cache) if spec_cache else (output or Path(document.output)).absolute().parent / CACHE)
+    place = cache or (Path(spec_cache) if spec_cache else cache_beside(document, output, in_memory=isinstance(spec, Mapping)))
     session = Session(
         cache=Cache(place),
         batches=batches_for(program, document, base, calibration, allow_code),
@@ -97,6 +100,21 @@ def prepare(
         by_block=document.calibration.by_block if document.calibration else "auto",
     )
     return Prepared(program, document, file, session)
+
+
+def cache_beside(document: Document, output: Path | None, *, in_memory: bool) -> Path:
+    """Return where statistics are kept: beside the output, or for a mapping that names none, in a folder of this process."""
+    if output is None and in_memory and "output" not in document.model_fields_set:
+        return of_process()
+    return (output or Path(document.output)).absolute().parent / CACHE
+
+
+@functools.cache
+def of_process() -> Path:
+    """Return a temporary folder that all calls of this process share, removed when it ends."""
+    folder = tempfile.TemporaryDirectory(prefix="lrc-cache-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def check_data(document: Document, base: Path, *, calibration: bool = True) -> None:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lrc.data import Batch
+from lrc.errors import TrainError
 from lrc.train.blocks import InBlocks
 
 LossOf = Callable[[Batch, torch.Generator], Tensor]
@@ -42,11 +43,16 @@ class World:
         return self.rank == 0
 
     def mean(self, value: float) -> float:
-        """Return the mean of a number over all processes, the same bits in each."""
+        """Return the mean of a number over all processes, the same bits in each. Raises TrainError when one is gone."""
         if self.size == 1:
             return value
         total = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(total)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError as error:
+            raise TrainError(
+                f"process {self.rank + 1} of {self.size}", message="another process of this run has stopped", hint="It says why"
+            ) from error
         return float(total) / self.size
 
     def agreed(self, value: Any) -> Any:
@@ -117,7 +123,7 @@ class Replicated(Alone):
         super().__init__(losses, parameters)
         self.world = world()
         self.wrapped = DistributedDataParallel(
-            _Loss(losses, student), broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+            _Loss(losses, student), forward_sync_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
         )
         self.losses = lambda batch, generator: self.wrapped(batch, generator)
 

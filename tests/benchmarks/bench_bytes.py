@@ -125,10 +125,22 @@ def plot(model: str, rows: list[dict[str, Any]], ways: Sequence[str]) -> str:
     dense = [row["quality"] for row in rows if row["way"] == "dense"]
     means = {way: mean_of(rows, way) for way in dict.fromkeys(row["way"] for row in rows) if way != "dense"}
     series = [Series("auto", sorted((m["mb"], m["quality"]) for way, m in means.items() if way.startswith("auto")))]
-    series += [Series(way, [(means[way]["mb"], means[way]["quality"])], line=False) for way in ways if way in means]
+    for family in dict.fromkeys(map(family_of, ways)):
+        members = [way for way in ways if family_of(way) == family and way in means]
+        points = [(means[way]["mb"], means[way]["quality"]) for way in members]
+        series.append(Series(family, points, line=False, labels=members))
     name = "Spearman on STS-B dev" if model == "minilm" else "perplexity"
     title = f"{model}: {name} against the size of its blocks' linears; dense {dense[0]}"
     return chart(series, Axis("MB", log=True), Axis(name, log=model != "minilm"), title, alone=True)
+
+
+def family_of(way: str) -> str:
+    """Return what a way is, as the legend says it: a colour for each."""
+    if "+" in way:
+        return "factorize, then quantize"
+    return {"nf": "quantize", "in": "quantize", "lq": "low-rank + quantised", "lo": "low-rank + quantised"}.get(
+        way[:2], "low-rank + sparse" if way.startswith(("oats", "slim")) else "factorize"
+    )
 
 
 def mean_of(rows: list[dict[str, Any]], way: str) -> dict[str, float]:

@@ -80,3 +80,35 @@ def test_the_command_line_under_torchrun_writes_one_folder_and_tells_once(bert: 
     refused = torchrun(*words)
     assert refused.returncode != 0
     assert "expected an empty or absent output folder" in refused.stderr
+
+
+BAD = """
+import sys
+from pathlib import Path
+import torch
+from tiny import captured_mlp, mlp_inputs
+import lrc
+from lrc.errors import LrcError
+
+def bad():
+    return [{"x": mlp_inputs(32), "labels": torch.tensor([0] * 5 + [77] + [0] * 26)}]
+
+if __name__ == "__main__":
+    squeeze = {"type": "factorize", "solver": "svd", "rank": {"fraction": 0.25}, "form": "two_factor"}
+    train = {"type": "train", "data": "bad:bad", "objective": "classification", "steps": 8, "batch_size": 8}
+    try:
+        lrc.compile(captured_mlp(), {"version": 1, "passes": [squeeze, train]}, cache=Path(sys.argv[1]), allow_code=True)
+    except LrcError as error:
+        print(error, flush=True)
+        sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_stops_them_all_and_is_told(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(BAD)
+    made = torchrun(tmp_path / "bad.py", tmp_path / "cache")
+    assert made.returncode != 0
+    assert "labels 0 to 9, the classes of the model, got 77" in made.stdout
+    assert "Traceback" not in made.stdout
+    assert "Connection closed by peer" not in made.stderr

@@ -7,8 +7,11 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import captured_mlp
 from torch import Tensor, nn
 
+from lrc.formats import FORMATS
+from lrc.maps import Quantized
 from lrc.verify.tolerance import FLOOR, PEAK, STORED, Numerics
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -128,3 +131,19 @@ def test_a_perceptron_in_another_dtype_is_beyond_its_own() -> None:
         found = model.bfloat16()(x.bfloat16())
     assert not within(found, expected, Numerics(torch.float32, 3, 20))
     assert within(found, expected, Numerics(torch.bfloat16, 3, 20))
+
+
+def test_inputs_rounded_to_a_few_bits_count_for_one_of_the_two_runs() -> None:
+    expected = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    plain, rounded = Numerics(torch.float32, 32, 64), Numerics(torch.float32, 32, 64, rounding=0.01)
+    spread = float(expected.std(correction=0))
+    assert rounded.tolerance(expected).mean == pytest.approx(spread * 32**0.5 * 0.01, rel=1e-3)
+    assert plain.tolerance(expected).mean < 1e-4 * rounded.tolerance(expected).mean * 10
+
+
+def test_packed_weights_count_as_the_matrices_that_they_stand_for() -> None:
+    program = captured_mlp()
+    before = Numerics.of_program(program)
+    fqn = next(iter(program.sites))
+    program.replace(fqn, Quantized.of(program.map_of(fqn).dense().weight, FORMATS["int8"], program.map_of(fqn).dense().bias))
+    assert Numerics.of_program(program).depth == before.depth
