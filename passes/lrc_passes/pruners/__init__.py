@@ -1,7 +1,5 @@
 """Pruning methods: what is dropped, one file each."""
 
-from typing import Any
+from lrc_passes.pruners.structured import StructuredPruner
 
-from lrc.spec.registry import Rule
-
-BUILTIN: tuple[Rule[Any, Any], ...] = ()
+BUILTIN = (StructuredPruner,)
