@@ -102,11 +102,25 @@ def write_config(program: Program, path: Path, *, stock: bool = False) -> None:
         shared = (dict(kept.get("shared", {})) if isinstance(kept, Mapping) else {}) | shared_factors(program)
         if shared:
             config["lrc"]["shared"] = shared
+    if "lrc" in config:
+        config["lrc"] |= beside(program, kept or {})
     idle = sorted({*(kept or {}).get("idle", ()), *program.idle})
     if idle:
         config["lrc"]["idle"] = idle
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def beside(program: Program, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config says beside the maps, where pruning asks for it: numbers of modules, and shapes of other tensors."""
+    tensors = program.tensors()
+    attributes = {name: dict(own) for name, own in {**kept.get("attributes", {}), **program.attributes}.items()}
+    shapes = dict(kept.get("shapes", {})) | {
+        name: list(tensors[name].shape)
+        for name in sorted(program.changed & tensors.keys() & program.originals.keys())
+        if tensors[name].shape != program.originals[name].shape
+    }
+    return {key: value for key, value in (("attributes", attributes), ("shapes", shapes)) if value}
 
 
 def separate_shared_maps(program: Program, model: nn.Module) -> list[str]:

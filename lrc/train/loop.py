@@ -184,6 +184,7 @@ class Loop:
         row = {"step": float(done + 1), "loss": total, "lr": self.optimizer.param_groups[0]["lr"]}
         if not self.in_backward:
             row["grad_norm"] = self.clipped(done)
+            self.recipe.graded(done)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.recipe.after(done)

@@ -99,6 +99,19 @@ def test_twice_the_scale_is_twice_the_change() -> None:
         assert torch.allclose(2 * once, twice, rtol=0, atol=1e-13)
 
 
+def test_nothing_at_all_moves_at_the_start_and_the_original_weight_can_be_solved_for() -> None:
+    for alpha in (None, 0.5, 40.0):
+        it = case()
+        made = adapted(it, method={"type": "hydra", "sequential": 3}, rank=2, alpha=alpha)
+        assert distance(made.module(**it.inputs), it.model(**it.inputs)) == 0.0
+    moved, s = hydra(sequential=2), 2.0
+    p = parts(moved)
+    weight, _ = moved.exact()
+    eye = torch.eye(20, dtype=F64)
+    back = torch.linalg.solve(eye + s * p["D"] @ p["C"], weight - s * p["B"] @ p["A"])
+    assert torch.allclose(back, p["W"], rtol=0, atol=1e-10)
+
+
 def test_merging_again_is_another_map() -> None:
     """The branch after the weight would now act on the merged weight: what is merged must be kept apart from the original."""
     made = hydra(sequential=2, parallel=False, branch_bias=False)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapted import Case, adapted, case, distance, train
+from safetensors.torch import save_file
 from torch import nn
 
 import lrc
@@ -146,6 +147,18 @@ def test_starts_that_look_at_data_hold_on_the_untouched_base_in_peft(method: str
     assert config["init_lora_weights"] is True
     for outputs in (in_peft(folder, it), loaded(folder, it).module(**it.inputs)):
         assert distance(outputs, trained) < 1e-5
+
+
+@pytest.mark.parametrize("spelling", [".default_lora_latent_mapping.weight", "_lora_latent_mapping.weight"])
+def test_the_checkpoint_of_the_authors_of_lora_xs_is_read_as_the_lora_that_it_is(spelling: str, tmp_path: Path) -> None:
+    it = plain()
+    made = adapted(it, targets=["tall"], method="lora_xs", rank=3, alpha=6)
+    train(made.program)
+    folder = exported(made, tmp_path)
+    B, R, A = (part.detach() for part in made.program.maps["tall"].adapter.inner.slots)
+    names = {"tall.lora_A.weight": A, "tall.lora_B.weight": B, f"tall{spelling}": R}
+    save_file({f"base_model.model.{name}": t.contiguous() for name, t in names.items()}, folder / "adapter_model.safetensors")
+    assert distance(loaded(folder, it).module(**it.inputs), made.module(**it.inputs)) < 2e-6
 
 
 def test_an_adapter_that_peft_started_by_eva_is_read(tmp_path: Path) -> None:

@@ -70,6 +70,9 @@ class Recipe:
         """Return what is added to the loss of a step, with its graph, or None."""
         return None
 
+    def graded(self, done: int) -> None:
+        """Look at the gradients of a step, after they were shortened and before they are used."""
+
     def after(self, done: int) -> None:
         """Act on the parameters after a step."""
 
