@@ -1,6 +1,7 @@
 """What PEFT stores of one site, taken from a map, and put together to one again."""
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def split(made: LinearMap, fqn: str) -> tuple[Slot, Factors]:
     return base, joined(factors)
 
 
-def is_followed(made: Slot) -> bool:
+def is_followed(made: Slot) -> TypeGuard[Chain]:
     """Say whether a map is Chain(Sum(I, branch), base): a base with a branch after it."""
     if not isinstance(made, Chain) or len(made.slots) != 2:
         return False
@@ -60,12 +61,11 @@ def is_followed(made: Slot) -> bool:
     return isinstance(after, Sum) and len(after.slots) == 2 and isinstance(after.slots[0], Identity)
 
 
-def followed(made: Slot, fqn: str) -> tuple[Slot, Factors]:
+def followed(made: Chain, fqn: str) -> tuple[Slot, Factors]:
     """Return the base, and the branch after it as one beside it: (I + s D C) W = W + s D (C W), of the rank of C.
 
     What the branch makes of biases is no part of the factors.
     """
-    assert isinstance(made, Chain), "as `is_followed` says"
     after, base = made.slots
     assert isinstance(after, Sum), "as `is_followed` says"
     found = factors_of(after.slots[1], fqn)

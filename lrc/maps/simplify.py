@@ -76,8 +76,9 @@ def fold_adapters(made: LinearMap) -> LinearMap | None:
 
     So for convolutions and embeddings, inside a `RowNorm`, and for branches after a dense weight.
     """
-    after = isinstance(made, Chain) and isinstance(made.slots[0], Sum) and pointwise(made.slots[0])
-    if not (after or isinstance(made, Sum | RowNorm)) or made.obstacle() is not None:
+    if not isinstance(made, Chain | Sum | RowNorm) or made.obstacle() is not None:
+        return None
+    if isinstance(made, Chain) and not (isinstance(made.slots[0], Sum) and pointwise(made.slots[0])):
         return None
     if len(made.slots) < 2 and not isinstance(made, RowNorm):
         return None
