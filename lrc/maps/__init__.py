@@ -8,6 +8,8 @@ from lrc.maps.bottleneck import ACTIVATIONS, Bottleneck
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain, Geometry
 from lrc.maps.dropout import Dropout
+from lrc.maps.expert_layout import Banks
+from lrc.maps.experts import Experts
 from lrc.maps.fold import fold
 from lrc.maps.gate import Gate
 from lrc.maps.kernels import computed_by
@@ -37,6 +39,7 @@ __all__ = [
     "Affine",
     "Bag",
     "Bags",
+    "Banks",
     "Blocks",
     "Bottleneck",
     "Chain",
@@ -47,6 +50,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Dropout",
+    "Experts",
     "Factors",
     "Folded",
     "Gate",
