@@ -13,7 +13,7 @@ PRODUCTS = {torch.bmm, torch.matmul}
 
 
 class Experts(LinearMap):
-    """y = F[e] … A[e] x for the expert e that a row belongs to; every factor is (experts, rows, columns), the last applied first.
+    """y = F[e] … A[e] x for the expert e of a row; every factor is (experts, rows, columns), the last applied first.
 
     It stands for the matrices of all experts one below the other, (experts * out_features of one, in_features). transposed:
     the tensor in whose place it stands has (experts, in_features, out_features); in the user's module the map acts as that
@@ -39,10 +39,8 @@ class Experts(LinearMap):
     def forward(self, x: Tensor, ids: Tensor | None = None, **context: Any) -> Tensor:
         """Apply to (experts, rows, in_features), or to rows (rows, in_features) of the experts `ids` (rows,)."""
         for factor in reversed(self.factors):
-            if ids is None:
-                x = torch.bmm(x, factor.transpose(1, 2))
-            else:
-                x = torch.bmm(factor[ids], x.unsqueeze(-1)).squeeze(-1)
+            every = ids is None
+            x = torch.bmm(x, factor.transpose(1, 2)) if every else torch.bmm(factor[ids], x.unsqueeze(-1)).squeeze(-1)
         return x
 
     def exact(self) -> Affine:
@@ -101,16 +99,14 @@ class View:
             raise TypeError("experts that are factors have no other order of dimensions")
         return View(self.made, self.ids, not self.turned)
 
-    def times(self, x: Tensor, *, before: bool) -> Tensor:
+    def times(self, x: Tensor, *, before: bool) -> Any:
         """Return x times the matrices (before), or the matrices times x."""
         if before != self.turned:
             raise TypeError("the matrices of experts that are factors are multiplied on the side of their inputs alone")
         if self.ids is None:
-            made: Tensor = self.made(x) if before else self.made(x.transpose(1, 2)).transpose(1, 2)
-            return made
+            return self.made(x) if before else self.made(x.transpose(1, 2)).transpose(1, 2)
         row = 1 if before else 2
-        made = self.made(x.squeeze(row), ids=self.ids).unsqueeze(row)
-        return made
+        return self.made(x.squeeze(row), ids=self.ids).unsqueeze(row)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:

@@ -79,7 +79,8 @@ def shapes_per_use(program: Program, site: Site, shapes: Shapes) -> tuple[tuple[
         )  # fmt: skip
     if site.kind == "experts":
         raise SiteError(
-            site.fqn, message="its time depends on how many rows each expert gets", hint="Choose a budget of parameters or size",
+            site.fqn, message="its time depends on how many rows each expert gets",
+            hint="Choose a budget of parameters or size",
         )  # fmt: skip
     if any(use.context for use in site.uses):
         raise SiteError(

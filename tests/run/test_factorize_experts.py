@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
 import lrc
 from lrc.data import batches_of
-from lrc.errors import LrcError, SiteError
+from lrc.errors import LrcError
 from lrc.lower.ort import OrtRunner
 from lrc.maps import Experts
 from lrc.measure import collect
@@ -108,12 +107,14 @@ def test_moments_are_those_of_the_rows_of_every_expert() -> None:
     found = collect(program, batches_of(items, ["x"]), ["bank"], needs, fisher="outputs")["bank"]
     x = torch.cat([item["x"] for item in items]).double()
     ids = x[:, :3].argmax(1)
-    assert found.gram is not None and found.fisher is not None
+    assert found.gram is not None
+    assert found.fisher is not None
     for expert in range(3):
         mine = x[ids == expert]
         assert torch.allclose(found.gram[expert], mine.T @ mine / len(x), atol=1e-5)
     assert found.fisher.shape == (3, 10, 10)
-    assert found.weighted_gram is not None and found.weighted_gram.shape == (3, 12, 12)
+    assert found.weighted_gram is not None
+    assert found.weighted_gram.shape == (3, 12, 12)
 
 
 @MODELS
