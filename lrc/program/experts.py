@@ -20,21 +20,24 @@ def match_experts(node: fx.Node, tensors: Mapping[str, Tensor]) -> Product | Non
     bmm(x, weight), all experts at once; or squeeze(bmm(weight[ids], unsqueeze(x))), a row for each of `ids`.
     """
     if node.target in PRODUCTS:
-        x, weight = node.args
+        x: Any = node.args[0]
+        weight: Any = node.args[1]
         source = _stored(weight, tensors)
         if source is None or not _is_value(x, 3):
             return None
         name, turned = source
         layout = Banks(transposed=not turned, experts=len(tensors[name]))
-        return Product(node, x, name, None, layout)  # type: ignore[arg-type]  # a node
+        return Product(node, x, name, None, layout)
     return _selected(node, tensors) if node.target == aten.squeeze.dim else None
 
 
 def _selected(node: fx.Node, tensors: Mapping[str, Tensor]) -> Product | None:
-    product, dim = node.args
+    product: Any = node.args[0]
+    dim: Any = node.args[1] if len(node.args) > 1 else None
     if not isinstance(product, fx.Node) or product.target != aten.bmm.default or len(product.users) > 1:
         return None
-    left, right = product.args
+    left: Any = product.args[0]
+    right: Any = product.args[1]
     row = 1 if _is_call(left, aten.unsqueeze.default) else 2  # rows from the left, or columns from the right
     read, chosen = (left, right) if row == 1 else (right, left)
     if not _is_call(read, aten.unsqueeze.default) or not _is_call(chosen, aten.index.Tensor):
