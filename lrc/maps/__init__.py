@@ -27,7 +27,7 @@ from lrc.maps.scaled_outputs import scale_outputs
 from lrc.maps.segments import Segments, coded
 from lrc.maps.shared import SharedLookup, looked_up
 from lrc.maps.simplify import Folded, rebuilt, simplify
-from lrc.maps.small import Identity, OutputMask
+from lrc.maps.small import Identity, OutputMask, Scalar
 from lrc.maps.sparse import Sparse
 from lrc.maps.sparse_low_rank import SparseLowRank
 from lrc.maps.structure import pivoted_structure, restore, restore_module
@@ -70,6 +70,7 @@ __all__ = [
     "RmsNorm",
     "RowNorm",
     "Rows",
+    "Scalar",
     "Scale",
     "Segments",
     "SharedLookup",

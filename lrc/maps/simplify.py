@@ -76,15 +76,17 @@ def fold_adapters(made: LinearMap) -> LinearMap | None:
 
     So for convolutions and embeddings, inside a `RowNorm`, and for branches after a dense weight.
     """
-    if not isinstance(made, Sum | RowNorm) or made.obstacle() is not None:
+    if not isinstance(made, Chain | Sum | RowNorm) or made.obstacle() is not None:
+        return None
+    if isinstance(made, Chain) and not (isinstance(made.slots[0], Sum) and pointwise(made.slots[0])):
         return None
     if len(made.slots) < 2 and not isinstance(made, RowNorm):
         return None
     if max((p.numel() for p in made.parameters()), default=0) < made.out_features * made.in_features:
         return None
     whole = fold(made)
-    before, after = made.cost(1), whole.cost(1)
-    return whole if after.parameters <= before.parameters and after.flops <= before.flops else None
+    cost, least = made.cost(1), whole.cost(1)
+    return whole if least.parameters <= cost.parameters and least.flops <= cost.flops else None
 
 
 def flatten_nested(made: LinearMap) -> LinearMap | None:

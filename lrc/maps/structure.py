@@ -25,7 +25,7 @@ from lrc.maps.quantized import Quantized
 from lrc.maps.row_norm import RowNorm
 from lrc.maps.segments import Segments
 from lrc.maps.shared import SharedLookup
-from lrc.maps.small import Identity, OutputMask
+from lrc.maps.small import Identity, OutputMask, Scalar
 from lrc.maps.sparse import Sparse
 from lrc.maps.sparse_low_rank import SparseLowRank
 from lrc.maps.triangular import Triangular
@@ -34,7 +34,7 @@ from lrc.maps.tucker import Tucker
 KINDS: tuple[type[LinearMap], ...] = (
     Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, Quantized, Sparse,
     SparseLowRank, Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm,
-    SharedLookup, Codebook, Segments,
+    SharedLookup, Codebook, Segments, Scalar,
 )  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 

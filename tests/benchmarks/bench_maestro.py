@@ -4,12 +4,11 @@
 
 3072 - 256 - 128 - 10, on 2000 images (the 1000 of the training split and the first half of every class of the test split of the
 shared data), scored on the other 1000. maestro: factors of 0.95 of the break-even rank, ordered dropout and the lasso, cut by
-importance. plain: the same factors and steps without the recipe, cut to the same ranks each, by the SVD of its trained weights.
-Kept: share of the numbers of the two hidden weights.
+`prune` to their first components (`order`) or to the largest singular directions of their products (`singular`). plain: the
+same factors and steps without the recipe, cut likewise. Kept: share of the numbers of the two hidden weights, dense.
 """
 
 import argparse
-import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 import lrc
 from lrc.maps import Chain
 from lrc.program import Program
-from lrc.train.recipes.maestro import truncate
 
 TARGETS = ["1", "3"]
 
@@ -66,15 +64,16 @@ def score(program: Program, images: Tensor, labels: Tensor) -> float:
     return accuracy(program.module(), images, labels)
 
 
-def by_svd(program: Program, widths: dict[str, int]) -> Program:
-    """Return the program with each product cut to a rank by its SVD."""
-    made = program.clone()
-    for fqn, rank in widths.items():
-        layer = made.maps[fqn]
-        U, S, Vh = torch.linalg.svd(layer.dense().weight.detach(), full_matrices=False)
-        bias = None if layer.bias is None else layer.bias.detach().clone()
-        made.replace(fqn, Chain(U[:, :rank] * S[:rank], Vh[:rank].clone(), bias=bias))
-    return made
+def cut(program: Program, kept: float, criterion: str) -> tuple[Program, dict[str, int]]:
+    """Return the program with so many numbers left of its dense ones, and the ranks."""
+    chains = [made for made in program.maps.values() if isinstance(made, Chain)]
+    dense = sum(made.out_features * made.in_features for made in chains)
+    share = kept * dense / sum((made.out_features + made.in_features) * made.slots[1].shape[0] for made in chains)
+    method = {"type": "ranks", "criterion": criterion, "rank": {"params_kept": min(1.0, share)}}
+    with tempfile.TemporaryDirectory() as cache:
+        done = lrc.compile(program, {"version": 1, "passes": [{"type": "prune", "method": method}]}, cache=Path(cache))
+    made = done.program
+    return made, {fqn: chain.slots[1].shape[0] for fqn, chain in made.maps.items() if isinstance(chain, Chain)}
 
 
 def main() -> None:
@@ -90,11 +89,12 @@ def main() -> None:
         {"kept": "all", "maestro": score(ordered, images, labels), "plain": score(plain, images, labels)}
     ]
     for kept in given.kept:
-        cut = copy.copy(ordered).clone()
-        notes = truncate(cut, kept)
-        widths = {fqn: made.slots[1].shape[0] for fqn, made in cut.maps.items() if isinstance(made, Chain)}
-        found = {"maestro": score(cut, images, labels), "plain": score(by_svd(plain, widths), images, labels)}
-        rows.append({"kept": kept, **found, "ranks": widths, "notes": notes})
+        row: dict[str, Any] = {"kept": kept}
+        for name, program in {"maestro": ordered, "plain": plain}.items():
+            for criterion in ("order", "singular"):
+                made, ranks = cut(program, kept, criterion)
+                row[f"{name} {criterion}"] = (score(made, images, labels), ranks)
+        rows.append(row)
     show("maestro", rows, images=len(x), scored=len(images), epochs=given.epochs)
 
 

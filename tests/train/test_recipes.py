@@ -18,7 +18,7 @@ from lrc.train.data import Examples
 from lrc.train.loop import Loop, Settings
 from lrc.train.optim import ProximalAdamW
 from lrc.train.recipes import Context
-from lrc.train.recipes.maestro import MaestroRecipe, OrderedRanks, norms, penalty, truncate
+from lrc.train.recipes.maestro import MaestroRecipe, OrderedRanks, norms, penalty
 from lrc.train.recipes.sora import SoraRecipe, Sparsify, thresholds
 from lrc.train.schedule import Schedule
 
@@ -160,28 +160,6 @@ def test_an_identity_on_data_of_rank_three_keeps_three_components() -> None:
     assert torch.allclose(program(x=x)["output"], before, atol=1e-6)
     assert program.map_of("layers.0").cost().parameters == 60
     assert (program(x=x)["output"] - x).norm() < 0.1 * x.norm()
-
-
-def test_one_training_is_cut_to_any_budget_by_prefixes() -> None:
-    program = factorized(12, 9, 8)
-    before = {fqn: program.map_of(fqn) for fqn in program.sites}
-    ranks: list[list[int]] = []
-    for share in (0.9, 0.5, 0.25):
-        cut = program.clone()
-        notes = truncate(cut, share)
-        made = {fqn: cut.map_of(fqn) for fqn in program.sites}
-        assert sum(m.A.numel() + m.B.numel() for m in made.values()) <= share * (12 * 9 + 9 * 8)
-        for fqn, m in made.items():
-            width = len(m.A)
-            assert torch.equal(m.A, before[fqn].A[:width])
-            assert torch.equal(m.B, before[fqn].B[:, :width])
-        ranks.append([len(m.A) for m in made.values()])
-        assert notes[0] == f"layers.0: the first {ranks[-1][0]} of 9 components"
-    assert all(a >= b for one, other in pairwise(ranks) for a, b in zip(one, other, strict=True))
-    assert ranks[0] != ranks[2]
-    assert len(before["layers.0"].A) == 9  # the program that was cloned is as it was
-    with pytest.raises(UsageError, match="2 layers, 38 numbers for one each, a budget of 18"):
-        truncate(program.clone(), 0.1)
 
 
 def test_a_layer_that_keeps_too_many_components_becomes_dense_again() -> None:

@@ -180,38 +180,3 @@ class OrderedRanks(Recipe):
                 )
         self.program.settle()
         return notes
-
-
-def truncate(program: Program, params_kept: float) -> list[str]:
-    """Cut trained layers to their first components, such that their factors hold that share of the dense weights' numbers.
-
-    The component of least hierarchical importance for its numbers goes first, among the last ones of all two-factor layers;
-    each layer keeps one. The program is changed; cut a `clone()` for several budgets. Returns what became of every layer.
-    Raises UsageError without such layers, and for a share that leaves no room for one component each.
-    Source: the deployment of Horvath et al. (2024), ICML, where widths are searched by validation loss; here by importance.
-    """
-    found = {fqn: m for fqn, m in program.maps.items() if isinstance(m, Chain) and m.names == ("B", "A")}
-    layers = {fqn: m for fqn, m in found.items() if all(isinstance(slot, nn.Parameter) for slot in m.slots)}
-    size = {fqn: m.out_features + m.in_features for fqn, m in layers.items()}
-    budget = params_kept * sum(m.out_features * m.in_features for m in layers.values())
-    if not layers or sum(size.values()) > budget:
-        raise UsageError(
-            "maestro.truncate", expected="two-factor layers, with room for a component of each",
-            got=f"{len(layers)} layers, {sum(size.values())} numbers for one each, a budget of {budget:g}",
-        )  # fmt: skip
-    importance = {}
-    for fqn, made in layers.items():
-        A, B = factors(made)
-        a, b = norms(A.detach(), B.detach(), "hierarchical")
-        importance[fqn] = (a * b / size[fqn]).tolist()
-    width = {fqn: len(values) for fqn, values in importance.items()}
-    while sum(width[fqn] * size[fqn] for fqn in layers) > budget:
-        last = min((fqn for fqn in layers if width[fqn] > 1), key=lambda fqn: importance[fqn][width[fqn] - 1])
-        width[last] -= 1
-    for fqn, made in layers.items():
-        A, B = (t.detach() for t in factors(made))
-        bias = None if made.bias is None else made.bias.detach().clone()
-        cut = Chain(B[:, : width[fqn]].clone().contiguous(), A[: width[fqn]].clone(), bias=bias)
-        program.replace(fqn, cut, program.made_by.get(fqn, ""), settle=False)
-    program.settle()
-    return [f"{fqn}: the first {width[fqn]} of {len(importance[fqn])} components" for fqn in layers]
