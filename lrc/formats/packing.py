@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of a code -> the fields that it is stored in
+MOST = 16  # bits of a code
+FIELDS = {  # bits of a code -> the fields that it is stored in, the highest first: 8, 4, 2 or 1 bits each
+    bits: (8,) * (bits // 8) + tuple(field for field in (4, 2, 1) if bits & field) for bits in range(1, MOST + 1)
+}
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -14,11 +17,11 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes (count,) in 0 … 2**bits - 1 into uint8, the first code of a byte in its lowest bits.
 
-    A code of 3 bits is stored as its upper two, packed together, and after all of them the lowest ones.
-    Raises ValueError for a number of bits that has no layout.
+    A code of 3 bits is stored as its upper two, packed together, and after all of them the lowest ones; so are all codes
+    whose bits are no power of two. Raises ValueError for a number of bits that has no layout.
     """
     if bits not in FIELDS:
-        raise ValueError(f"codes of {bits} bits cannot be packed; known: {', '.join(map(str, FIELDS))}")
+        raise ValueError(f"codes of {bits} bits cannot be packed; 1 to {MOST} bits can")
     parts, low = [], bits
     for field in FIELDS[bits]:
         low -= field
@@ -35,10 +38,15 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     for field in FIELDS[bits]:
         low -= field
         end = start + -(-count * field // 8)
-        spread = torch.bitwise_right_shift(packed[start:end].to(torch.int32)[:, None], _shifts(field, packed.device))
-        parts.append(torch.bitwise_and(spread, 2**field - 1).reshape(-1)[:count] * 2**low)
+        whole = packed[start:end].to(torch.int32)
+        if field < 8:
+            spread = torch.bitwise_right_shift(whole[:, None], _shifts(field, packed.device))
+            whole = torch.bitwise_and(spread, 2**field - 1).reshape(-1)[:count]
+        parts.append(whole * 2**low if low else whole)
         start = end
-    codes: Tensor = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    codes = parts[0]
+    for part in parts[1:]:
+        codes = codes + part
     return codes
 
 

@@ -136,7 +136,7 @@ class BlockSupport(Support):
 class GroupSupport(Support):
     """n of every m neighbours along a row, as sparse tensor cores read them (2 of 4): Mishra et al. (2021), arXiv:2104.08378.
 
-    Packed is the place in its group of every number, in the fewest of 1, 2, 3, 4 or 8 bits; or one bit an entry, where that
+    Packed is the place in its group of every number, in the fewest bits; or one bit an entry, where that
     is smaller. A group with fewer than n kept entries gets others beside them, and rows are padded to whole groups.
     """
 

@@ -1,5 +1,6 @@
 """`format: peft`: the adapters alone, as a folder that PEFT loads onto the untouched model."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -118,7 +119,7 @@ def lora_tensors(
                 "nothing on the original model", hint="Export the whole model (`format: hf`), merged or not",
             )  # fmt: skip
         alpha = factors.scaling * (factors.rank**0.5 if is_stabilised(kept) else factors.rank)
-        if kept.alpha is not None and factors.rank == kept.rank:
+        if kept.alpha is not None and factors.rank == kept.rank and math.isclose(alpha, kept.alpha, rel_tol=1e-6):
             alpha = kept.alpha
         for module in program.placed(fqn):
             tensors |= peft_tensors(f"{PREFIX}{module}", site, factors) | bias_of(program, fqn, f"{PREFIX}{module}")
@@ -130,11 +131,25 @@ def lora_tensors(
 
 
 def bias_of(program: Program, fqn: str, prefix: str) -> dict[str, Tensor]:
-    """Return the bias of a site by PEFT's name where it was trained, float32: PEFT puts it in the place of the base's."""
-    bias, name = program.maps[fqn].bias, program.sites[fqn].uses[0].bias
-    if bias is None or name is None or not (bias.requires_grad or not torch.equal(bias, program.originals[name])):
+    """Return the bias of a site by PEFT's name where it was trained, float32: PEFT puts it in the place of the base's.
+
+    Raises LowerError where branches have made one that the module has no place for.
+    """
+    bias, name = whole_bias(program.maps[fqn]), program.sites[fqn].uses[0].bias
+    if bias is not None and name is None and bool(bias.any()):
+        raise LowerError(
+            fqn, message="the branches add a bias, and the module has none: PEFT has no place for it",
+            hint="Adapt it with `branch_bias: false`, or merge it and export the model",
+        )  # fmt: skip
+    if bias is None or name is None or not (bias.requires_grad or not torch.equal(bias, program.originals[name].to(bias))):
         return {}
     return {f"{prefix}.{BIAS}": bias.detach().float().contiguous()}
+
+
+def whole_bias(made: LinearMap) -> Tensor | None:
+    """Return the bias of a map: the parameter itself where no part has one of its own, else what all come to, float64."""
+    parts = (part for part in made.modules() if isinstance(part, LinearMap) and part is not made)
+    return made.exact().bias if any(part.bias is not None for part in parts) else made.bias
 
 
 def trained_biases(tensors: Mapping[str, Tensor], adapted: Mapping[str, Adapted]) -> str:
@@ -220,8 +235,10 @@ def verify(program: Program, read: PeftFolder) -> None:
 
 
 def same_bias(a: Tensor | None, b: Tensor | None) -> bool:
-    """Say whether two biases, float64, are the same to the rounding of single precision."""
-    return a is b if a is None or b is None else torch.allclose(a, b)
+    """Say whether two biases, float64, are the same to the rounding of single precision; none is one of zeros."""
+    if a is None or b is None:
+        return not any(bool(t.any()) for t in (a, b) if t is not None)
+    return torch.allclose(a, b)
 
 
 def largest(branch: Scale) -> float:

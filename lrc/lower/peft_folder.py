@@ -16,6 +16,7 @@ from lrc.lower.peft_config import check_config, config_text
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BIAS = "base_layer.bias"
+CORE = "lora_latent_mapping.weight"
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,17 @@ def read_folder(folder: Path) -> PeftFolder:
 def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of every module by their last names: `lora_A.weight` and so on; the prefix may be missing.
 
-    The base's own weight, which PEFT stores beside adapters of embeddings, is left out. Raises UsageError for a bias of a
-    module that has no adapter.
+    The base's own weight, which PEFT stores beside adapters of embeddings, is left out. The core between the factors that the
+    authors of LoRA-XS and LoRA-SB store, in either of its two spellings, is `CORE`. Raises UsageError for a bias of a module
+    that has no adapter.
     """
     found: dict[str, dict[str, Tensor]] = {}
     biases = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
+        if name.endswith(f"_{CORE}"):
+            found.setdefault(name.removesuffix(f"_{CORE}").removesuffix(".default"), {})[CORE] = tensor
+            continue
         for part in (".lora_", ".vera_lambda"):
             module, mark, last = name.partition(part)
             if mark:

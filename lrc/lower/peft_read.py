@@ -11,7 +11,7 @@ from lrc.errors import UsageError
 from lrc.initialisers import Initial, Olora, Pissa, Start
 from lrc.initialisers.olora import olora
 from lrc.initialisers.pissa import pissa
-from lrc.lower.peft_folder import BIAS, PeftFolder, by_module
+from lrc.lower.peft_folder import BIAS, CORE, PeftFolder, by_module
 from lrc.lower.peft_sites import Factors, adapted_map
 from lrc.maps import Chain, Diagonal, LinearMap, Sum, frozen_base
 from lrc.program import Adapted, Program, Site
@@ -70,8 +70,9 @@ def factors_in(site: Site, module: str, folder: PeftFolder, tensors: Mapping[str
             folder.where, message=f"{module} is a convolution in groups, whose adapter in PEFT reads the channels of all "
             "groups: it is no change of the weight, and PEFT cannot merge it either", hint="Leave it out of `target_modules`",
         )  # fmt: skip
-    A, B = (tensors[name] for name in names)
-    A, B = A.flatten(1), B.flatten(1)
+    A, B = (tensors[name].flatten(1) for name in names)
+    if CORE in tensors:
+        B = B @ tensors[CORE]
     if (B.shape[0], A.shape[1]) != site.shape or A.shape[0] != B.shape[1]:
         raise UsageError(
             folder.where, expected=f"factors of {module} for a weight of shape {site.shape}",

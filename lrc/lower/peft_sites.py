@@ -1,13 +1,14 @@
 """What PEFT stores of one site, taken from a map, and put together to one again."""
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lrc.errors import LowerError
-from lrc.maps import Chain, ConvChain, Dropout, LinearMap, Lookup, RowNorm, Scale, Sum, frozen_base
-from lrc.maps.base import Slot, slot_weight
+from lrc.maps import Chain, ConvChain, Dropout, Identity, LinearMap, Lookup, RowNorm, Scale, Sum, frozen_base
+from lrc.maps.base import Slot, slot_exact, slot_weight
 from lrc.maps.low_rank import low_rank
 from lrc.program import Site
 
@@ -38,16 +39,37 @@ def split(made: LinearMap, fqn: str) -> tuple[Slot, Factors]:
     if isinstance(made, RowNorm):
         base, found = split(whole(made.slots[0], fqn), fqn)
         return base, Factors(found.B, found.A, found.scaling, made.magnitude.detach())
+    if is_followed(made):
+        return followed(made, fqn)
     if not isinstance(made, Sum) or len(made.slots) < 2:
         raise no_lora(fqn, made)
     base, *branches = made.slots
     factors = [factors_of(branch, fqn) for branch in branches]
-    if isinstance(base, Sum | RowNorm):
+    if isinstance(base, Sum | RowNorm) or is_followed(base):
         base, inner = split(base, fqn)
         if inner.magnitude is not None:
             raise no_lora(fqn, made)
         factors.insert(0, inner)
     return base, joined(factors)
+
+
+def is_followed(made: Slot) -> TypeGuard[Chain]:
+    """Say whether a map is Chain(Sum(I, branch), base): a base with a branch after it."""
+    if not isinstance(made, Chain) or len(made.slots) != 2:
+        return False
+    after = made.slots[0]
+    return isinstance(after, Sum) and len(after.slots) == 2 and isinstance(after.slots[0], Identity)
+
+
+def followed(made: Chain, fqn: str) -> tuple[Slot, Factors]:
+    """Return the base, and the branch after it as one beside it: (I + s D C) W = W + s D (C W), of the rank of C.
+
+    What the branch makes of biases is no part of the factors.
+    """
+    after, base = made.slots
+    assert isinstance(after, Sum), "as `is_followed` says"
+    found = factors_of(after.slots[1], fqn)
+    return base, Factors(found.B, found.A.double() @ slot_exact(base).weight, found.scaling)
 
 
 def whole(slot: Slot, fqn: str) -> LinearMap:
@@ -69,14 +91,15 @@ def joined(factors: list[Factors]) -> Factors:
     first, *rest = factors
     if not rest:
         return first
-    B = torch.cat([first.B, *(f.B * (f.scaling / first.scaling) for f in rest)], 1)
-    return Factors(B, torch.cat([f.A for f in factors], 0), first.scaling)
+    dtype = torch.promote_types(first.B.dtype, max((f.A.dtype for f in factors), key=lambda d: d.itemsize))
+    B = torch.cat([f.B.to(dtype) * (f.scaling / first.scaling) for f in factors], 1)
+    return Factors(B, torch.cat([f.A.to(dtype) for f in factors], 0), first.scaling)
 
 
 def factors_of(branch: Slot, fqn: str) -> Factors:
     """Return the two factors of a branch: as they are stored where it is a product of two, else multiplied out.
 
-    Raises LowerError for a branch that is not linear, no product, or has a bias.
+    What it adds by biases is no part of them. Raises LowerError for a branch that is not linear, or no product.
     """
     scaling = 1.0
     while isinstance(branch, Scale) and branch.bias is None:
@@ -91,7 +114,7 @@ def factors_of(branch: Slot, fqn: str) -> Factors:
         B, A = branch.kernels
         return Factors(B.detach().flatten(1), A.detach().flatten(1), scaling)
     found = low_rank(branch) if isinstance(branch, LinearMap) else None
-    if found is None or found.bias is not None:
+    if found is None:
         raise LowerError(
             fqn, message="the adapter is no product of two matrices, so PEFT cannot hold it",
             hint="Merge it (`type: merge`) and export the model",

@@ -5,6 +5,7 @@ from lrc.maps.bag_layout import Bags
 from lrc.maps.base import Affine, Cost, LinearMap, Structure
 from lrc.maps.blocks import Blocks
 from lrc.maps.bottleneck import ACTIVATIONS, Bottleneck
+from lrc.maps.codebook import Codebook, code_bits
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain, Geometry
 from lrc.maps.dropout import Dropout
@@ -25,9 +26,10 @@ from lrc.maps.places import Pick, Spread, pick_of, spread_of, without_pick, with
 from lrc.maps.quantized import Quantized
 from lrc.maps.row_norm import RowNorm
 from lrc.maps.scaled_outputs import scale_outputs
+from lrc.maps.segments import Segments, coded
 from lrc.maps.shared import SharedLookup, looked_up
 from lrc.maps.simplify import Folded, rebuilt, simplify
-from lrc.maps.small import Identity, OutputMask
+from lrc.maps.small import Identity, OutputMask, Scalar
 from lrc.maps.sparse import Sparse
 from lrc.maps.sparse_low_rank import SparseLowRank
 from lrc.maps.structure import pivoted_structure, restore, restore_module
@@ -43,6 +45,7 @@ __all__ = [
     "Blocks",
     "Bottleneck",
     "Chain",
+    "Codebook",
     "Composite",
     "Conv",
     "ConvChain",
@@ -71,7 +74,9 @@ __all__ = [
     "RmsNorm",
     "RowNorm",
     "Rows",
+    "Scalar",
     "Scale",
+    "Segments",
     "SharedLookup",
     "Sparse",
     "SparseLowRank",
@@ -80,6 +85,8 @@ __all__ = [
     "Sum",
     "Triangular",
     "Tucker",
+    "code_bits",
+    "coded",
     "computed_by",
     "fold",
     "frozen",

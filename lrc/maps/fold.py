@@ -10,6 +10,7 @@ from lrc.maps.conv import Conv, ConvChain, Geometry
 from lrc.maps.experts import Experts
 from lrc.maps.leaves import Dense
 from lrc.maps.lookup import Lookup, lookup_of
+from lrc.maps.segments import Segments
 from lrc.maps.tucker import Tucker
 
 Plain = Dense | Conv | Lookup
@@ -49,6 +50,8 @@ def window_of(made: object) -> tuple[tuple[int, ...], Geometry] | None:
         return window_of(made.folded())
     if isinstance(made, Tucker):
         return made.kernel, made.geometry
+    if isinstance(made, Segments):
+        return None if made.geometry is None else (made.kernel, made.geometry)
     slots = made.slots if isinstance(made, Composite) else ()
     found = (window_of(slot) for slot in reversed(slots))
     return next((window for window in found if window is not None), None)

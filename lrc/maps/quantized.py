@@ -1,6 +1,5 @@
 """A matrix in few bits: packed codes and their scales, decoded where it is applied."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -8,12 +7,13 @@ from torch import Tensor
 
 from lrc.formats import Encoded, NumberFormat, format_of
 from lrc.kernels import quantized_linear, runs_quantized
-from lrc.maps.base import Affine, Cost, InParts, LinearMap, Structure, exact_bias
+from lrc.maps.base import Affine, Cost, Structure, exact_bias
+from lrc.maps.dtypes import OwnDtypes
 from lrc.maps.kernels import by_kernel
 from lrc.maps.recompute import Packed, packed_linear
 
 
-class Quantized(InParts):
+class Quantized(OwnDtypes):
     """y = weight x + bias, the weight (out_features, in_features) stored in a number format.
 
     The packed tensors are buffers of the map, and not trained; gradients flow to x and to the bias. A cast of the model
@@ -34,6 +34,7 @@ class Quantized(InParts):
         self.form = form
         self.out_features, self.in_features = shape
         self.names = tuple(encoded)
+        self.apart = tuple(name for name in encoded if name in form.floating)
         for name, tensor in encoded.items():
             self.register_buffer(name, tensor)
         self._dtype = dtype
@@ -53,11 +54,6 @@ class Quantized(InParts):
     def encoded(self) -> Encoded:
         """The packed tensors."""
         return {name: getattr(self, name) for name in self.names}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the weight is decoded to."""
-        return self._dtype
 
     @property
     def packed_numbers(self) -> int:
@@ -102,18 +98,6 @@ class Quantized(InParts):
         form, (rows, columns) = format_of(dict(structure["format"])), structure["shape"]
         bias = torch.empty(rows) if structure["bias"] else None
         return cls(form.empty((rows, columns)), (rows, columns), form, torch.get_default_dtype(), bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LinearMap":
-        """Move or cast the map as `nn.Module` does, but leave the scales in their own dtype."""
-        scales = {id(getattr(self, name)) for name in self.names if name in self.form.floating}
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in scales and moved.dtype != tensor.dtype else moved
-
-        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
-        made: LinearMap = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return made
 
     def __repr__(self) -> str:
         return f"Quantized[{self.form.name},{self.out_features},{self.in_features}]"

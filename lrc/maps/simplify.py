@@ -10,6 +10,7 @@ import torch
 
 from lrc.maps.base import Affine, LinearMap, Slot, add, exact_bias, slot_cost, slot_exact, slot_shape
 from lrc.maps.bottleneck import Bottleneck
+from lrc.maps.codebook import Codebook
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import ConvChain
 from lrc.maps.drop import drop_closed_gates, drop_empty_terms, drop_identity, holds_numbers, inner_bias, join_blocks
@@ -75,15 +76,17 @@ def fold_adapters(made: LinearMap) -> LinearMap | None:
 
     So for convolutions and embeddings, inside a `RowNorm`, and for branches after a dense weight.
     """
-    if not isinstance(made, Sum | RowNorm) or made.obstacle() is not None:
+    if not isinstance(made, Chain | Sum | RowNorm) or made.obstacle() is not None:
+        return None
+    if isinstance(made, Chain) and not (isinstance(made.slots[0], Sum) and pointwise(made.slots[0])):
         return None
     if len(made.slots) < 2 and not isinstance(made, RowNorm):
         return None
     if max((p.numel() for p in made.parameters()), default=0) < made.out_features * made.in_features:
         return None
     whole = fold(made)
-    before, after = made.cost(1), whole.cost(1)
-    return whole if after.parameters <= before.parameters and after.flops <= before.flops else None
+    cost, least = made.cost(1), whole.cost(1)
+    return whole if least.parameters <= cost.parameters and least.flops <= cost.flops else None
 
 
 def flatten_nested(made: LinearMap) -> LinearMap | None:
@@ -183,7 +186,9 @@ def multiply_out(made: LinearMap) -> LinearMap | None:
 
 
 def _foldable(slot: Slot) -> bool:
-    return not isinstance(slot, LinearMap) or (slot.obstacle() is None and not isinstance(slot, Pivoted | Quantized | Sparse))
+    return not isinstance(slot, LinearMap) or (
+        slot.obstacle() is None and not isinstance(slot, Pivoted | Quantized | Sparse | Codebook)
+    )
 
 
 def _combined(made: LinearMap, left: Slot, right: Slot) -> Affine:

@@ -1,11 +1,11 @@
-"""Square maps that store no trained matrix: `Identity`, `OutputMask`."""
+"""Square maps that store no trained matrix: `Identity`, `OutputMask`, `Scalar`."""
 
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lrc.maps.base import Affine, Cost, LinearMap, Structure, exact_bias, over
+from lrc.maps.base import Affine, Cost, LinearMap, Structure, as_parameter, exact_bias, over
 
 
 class Square(LinearMap):
@@ -100,3 +100,40 @@ class OutputMask(Square):
         size = structure["size"]
         bias = torch.empty(size) if structure["bias"] else None
         return cls(torch.empty(size, dtype=torch.bool), None, bias, int(structure["spatial"]))
+
+
+class Scalar(Square):
+    """y = scalar * x + bias, scalar (1,): a constant that is trained, and may be one parameter of several maps."""
+
+    word: ClassVar[str] = "scalar"
+
+    def __init__(self, scalar: Tensor, features: int, bias: Tensor | None = None, spatial: int = 0) -> None:
+        super().__init__(features, scalar.dtype, bias, spatial)
+        self.scalar = as_parameter(scalar)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the number."""
+        return self.scalar.dtype
+
+    def change(self, x: Tensor) -> Tensor:
+        """Multiply by the number."""
+        return x * self.scalar
+
+    def exact(self) -> Affine:
+        """Return the identity times the number, and the bias, in float64."""
+        return Affine(torch.diag(self.scalar.detach().double().expand(self.in_features)), exact_bias(self.bias))
+
+    def matrix(self) -> Tensor:
+        """Return the identity times the number."""
+        return torch.diag(self.scalar.expand(self.in_features))
+
+    def cost(self, tokens: int = 1) -> Cost:
+        """Return one number, and one FLOP a feature, beside the bias."""
+        return Cost(1, self.scalar.element_size(), tokens * self.in_features) + self.bias_cost(tokens)
+
+    @classmethod
+    def restored(cls, structure: Structure) -> "Scalar":
+        """Return an uninitialised map, with a number of its own."""
+        size = structure["size"]
+        return cls(torch.empty(1), size, torch.empty(size) if structure["bias"] else None, int(structure["spatial"]))

@@ -10,6 +10,7 @@ from lrc.maps.bag import Bag
 from lrc.maps.base import LinearMap, Structure
 from lrc.maps.blocks import Blocks
 from lrc.maps.bottleneck import Bottleneck
+from lrc.maps.codebook import Codebook
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain
 from lrc.maps.dropout import Dropout
@@ -23,8 +24,9 @@ from lrc.maps.pivoted import Pivoted
 from lrc.maps.places import Pick, Spread
 from lrc.maps.quantized import Quantized
 from lrc.maps.row_norm import RowNorm
+from lrc.maps.segments import Segments
 from lrc.maps.shared import SharedLookup
-from lrc.maps.small import Identity, OutputMask
+from lrc.maps.small import Identity, OutputMask, Scalar
 from lrc.maps.sparse import Sparse
 from lrc.maps.sparse_low_rank import SparseLowRank
 from lrc.maps.triangular import Triangular
@@ -33,7 +35,7 @@ from lrc.maps.tucker import Tucker
 KINDS: tuple[type[LinearMap], ...] = (
     Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, Quantized, Sparse,
     SparseLowRank, Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm,
-    SharedLookup, Experts,
+    SharedLookup, Experts, Codebook, Segments, Scalar,
 )  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 

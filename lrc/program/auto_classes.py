@@ -14,7 +14,7 @@ from torch import nn
 from lrc.errors import ModelError
 from lrc.maps import restore_module
 from lrc.program.checks import check_finite, need_transformers
-from lrc.program.graft import forget_ties, share_factors
+from lrc.program.graft import forget_ties, set_attributes, share_factors
 from lrc.program.owners import owned, place
 
 PREFIX = "lrc_"
@@ -108,12 +108,26 @@ def install(model: nn.Module, section: Mapping[str, Any]) -> None:
             found = _place(model, fqn, prefix)
             if found is not None:
                 place(model, found, restore_module(structure))
+        for name, shape in section.get("shapes", {}).items():
+            resize(model, _place(model, name.rpartition(".")[0], prefix), name.rpartition(".")[2], shape)
+        attributes = {_place(model, name, prefix): own for name, own in section.get("attributes", {}).items()}
+        set_attributes(model, {name: own for name, own in attributes.items() if name is not None})
         for module in section.get("idle", ()):
             found = _place(model, module, prefix)
             if found is not None:
                 model.set_submodule(found, nn.Identity())
     finally:
         torch.set_default_dtype(previous)
+
+
+def resize(model: nn.Module, owner: str | None, name: str, shape: list[int]) -> None:
+    """Let a tensor of a model have another shape; its numbers are read afterwards."""
+    if owner is not None:
+        module = model.get_submodule(owner)
+        held: Any = module._parameters if name in module._parameters else module._buffers
+        old = held[name]
+        new = torch.empty(shape, dtype=old.dtype)
+        held[name] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 def _place(model: nn.Module, fqn: str, prefix: str) -> str | None:

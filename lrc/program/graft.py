@@ -49,7 +49,15 @@ def graft(program: Program, model: nn.Module | None = None) -> nn.Module:
     forget_ties(twin)
     share_factors(twin, shared_factors(program))
     _put_changed(program, twin)
+    set_attributes(twin, program.attributes)
     return twin
+
+
+def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, int]]) -> None:
+    """Give modules the numbers that they must have where what they read has been cut."""
+    for name, own in attributes.items():
+        for attribute, value in own.items():
+            setattr(model.get_submodule(name), attribute, value)
 
 
 def shared_factors(program: Program) -> dict[str, str]:

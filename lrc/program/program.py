@@ -60,10 +60,11 @@ class Program:
     graph_module: the graph; inputs: its examples and dynamic sizes; names: the stored tensors in model order; maps: what
     stands at the raised sites now, by site; made_by: the pass that put it there. idle: modules of the captured model whose
     work a site has taken over: an identity stands for them. modules: what else passes put in the place of a module of the
-    user's (a norm), by its name. inserted: names of modules that have no place there, with the reason. adapters: what is
-    remembered of the adapters among the maps; frozen: nothing but adapters is trained; raised: the sites whose nodes are
-    calls; changed: names of stored tensors outside of maps that passes (training, measured statistics) gave other values than
-    the captured module's. recurrent: the operators of recurrent layers, by their nodes, written out or not.
+    user's (a norm), by its name. inserted: names of modules that have no place there, with the reason. attributes: numbers
+    that the user's modules keep and that are others now, by module and name. adapters: what is remembered of the adapters
+    among the maps; frozen: nothing but adapters is trained; raised: the sites whose nodes are calls; changed: names of stored
+    tensors outside of maps that passes (training, measured statistics) gave other values than the captured module's.
+    recurrent: the operators of recurrent layers, by their nodes, written out or not.
     """
 
     graph_module: fx.GraphModule
@@ -76,6 +77,7 @@ class Program:
     idle: tuple[str, ...] = ()
     modules: dict[str, nn.Module] = field(default_factory=dict)
     inserted: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     adapters: dict[str, Adapted] = field(default_factory=dict)
     frozen: bool = False
     changed: frozenset[str] = frozenset()
@@ -248,8 +250,8 @@ class Program:
         twin = LateGraphModule(self.graph_module, copied(self.graph_module.graph))
         made = replace(
             self, graph_module=twin, maps=dict(self.maps), made_by=dict(self.made_by), modules=dict(self.modules),
-            inserted=dict(self.inserted), adapters=dict(self.adapters), raised=set(self.raised),
-            recurrent=dict(self.recurrent),
+            inserted=dict(self.inserted), attributes={name: dict(own) for name, own in self.attributes.items()},
+            adapters=dict(self.adapters), raised=set(self.raised), recurrent=dict(self.recurrent),
         )  # fmt: skip
         made.sites = {fqn: replace(site, program=made) for fqn, site in self.sites.items()}
         return made

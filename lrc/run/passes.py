@@ -16,9 +16,9 @@ from lrc.forms import NAMES as FORMS
 from lrc.maps import LinearMap
 from lrc.measure.workload import Workload
 from lrc.program import Program, Site
-from lrc.ranks import AllocateField, Auto, BreakevenRank, LearnedAllocation, QualityBudget, RankField
+from lrc.ranks import AllocateField, Auto, BreakevenRank, FixedRank, LearnedAllocation, QualityBudget, RankField
 from lrc.run.plan import Decision
-from lrc.solvers import Decomposition, GroupOptions, Moments, Need, SolverOptions
+from lrc.solvers import CodedOptions, Decomposition, GroupOptions, Moments, Need, SolverOptions
 from lrc.spec.base import Tagged
 from lrc.spec.patterns import check_pattern
 from lrc.spec.registry import PASSES, SOLVERS, Registered, Rule
@@ -111,6 +111,8 @@ class RankedOptions(PassOptions):
                     f"the solver `{self.solver.type}` decomposes several weights together, which have no one breakeven rank; "
                     "give a whole number, {fraction: …}, {energy: …} or a budget"
                 )
+        if isinstance(self.solver, CodedOptions):
+            self._codes_have_no_product(self.solver)
         if not isinstance(self.solver, GroupOptions):
             return self
         if isinstance(self.rank, QualityBudget):
@@ -126,6 +128,15 @@ class RankedOptions(PassOptions):
                 f"`allocate: learned` trains sites one by one, and `{self.solver.type}` decomposes several together"
             )
         return self
+
+    def _codes_have_no_product(self, solver: CodedOptions) -> None:
+        if self.form != "auto" or self.tied == "joint" or self.round_to not in (1, "auto"):
+            raise ValueError(f"the solver `{solver.type}` makes no product; leave `form`, `round_to` and `tied: joint` out")
+        if isinstance(self.rank, BreakevenRank) or (isinstance(self.rank, FixedRank) and self.rank.rank > solver.m):
+            raise ValueError(
+                f"the rank of `{solver.type}` is the dimension that pieces of m={solver.m} numbers are clustered in: give a "
+                "whole number of at most m, or {fraction: …} of it"
+            )
 
 
 def needs_of(options: PassOptions) -> frozenset[Need]:

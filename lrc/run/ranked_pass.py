@@ -13,6 +13,7 @@ from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
 from lrc.ranks import Allocation, Choice, GroupCurve, SiteCurve, allocate_ranks
 from lrc.run.budget import check_budget, check_shapes, priced, rest_of, spent, with_latency
+from lrc.run.coded_pass import coded_pass
 from lrc.run.evidence import check_evidence, with_evidence
 from lrc.run.group_pass import apply_groups, plan_groups
 from lrc.run.learning import allocator, learning
@@ -28,7 +29,7 @@ from lrc.run.site_pass import Made, SitePass, put
 from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
 from lrc.run.sweep import check_sweep, swept
-from lrc.solvers import GroupOptions
+from lrc.solvers import CodedOptions, GroupOptions
 
 
 class RankedSitePass(SitePass):
@@ -40,6 +41,8 @@ class RankedSitePass(SitePass):
         options = settled(program, options)
         if isinstance(options.solver, GroupOptions):
             return plan_groups(program, session, options, index)
+        if isinstance(options.solver, CodedOptions):
+            return coded_pass.plan(program, session, options, index)
         selected = select_sites(program, session, options, index)
         free = [s.fqn for s in selected if not s.keep]
         for fqn in free if options.tied == "joint" else ():
@@ -136,6 +139,8 @@ class RankedSitePass(SitePass):
         """Apply, with the stored decompositions where they are at hand."""
         if isinstance(options.solver, GroupOptions):
             return apply_groups(program, session, options, decisions)
+        if isinstance(options.solver, CodedOptions):
+            return coded_pass.apply(program, session, options, decisions)
         modules = modules_of(program, options)
         groups = [d for d in decisions if len(d.sites) > 1] if modules else []
         single = [d for d in decisions if d not in groups]

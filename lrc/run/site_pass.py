@@ -11,7 +11,7 @@ from typing import Any
 from lrc.errors import LrcError, SiteError
 from lrc.maps import LinearMap
 from lrc.program import Program, Site
-from lrc.run.passes import Rewrite, Statistics
+from lrc.run.passes import Rewrite, Statistics, needs_of
 from lrc.run.plan import Decision, Keep
 from lrc.run.selection import select_sites
 from lrc.run.session import Session
@@ -31,7 +31,7 @@ class SitePass:
     def plan(self, program: Program, session: Session, options: Any, index: int) -> Sequence[Decision]:
         """Decide for every selected site, by making its map and looking at it."""
         selected = select_sites(program, session, options, index)
-        moments = session.moments(program, [s.fqn for s in selected if not s.keep], options.needs)
+        moments = session.moments(program, [s.fqn for s in selected if not s.keep], needs_of(options))
         decisions = []
         for choice in session.track(f"plan {options.type}", selected):
             site = program.sites[choice.fqn]
@@ -44,7 +44,7 @@ class SitePass:
     def apply(self, program: Program, session: Session, options: Any, decisions: Sequence[Decision]) -> Sequence[Decision]:
         """Make every map again and put it in place."""
         work = [d for d in decisions if d.keep is None]
-        moments = session.moments(program, [d.sites[0] for d in work], options.needs)
+        moments = session.moments(program, [d.sites[0] for d in work], needs_of(options))
         done = {d.name: d for d in decisions}
         for d in session.track(options.type, work):
             made = self.call(program.sites[d.sites[0]], options, Statistics(moments(d.sites[0])))

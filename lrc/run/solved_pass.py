@@ -152,7 +152,7 @@ def solved_key(kind: str, site: Site, measured: str, options: PassOptions, seed:
     """Return the content hash of everything that a result depends on."""
     state = {name: tensor for name, tensor in site.map.state_dict().items() if isinstance(tensor, torch.Tensor)}
     about = options.model_dump(exclude={"targets", "ignore", "optional"})
-    return digest(f"{kind}-1", site.map.structure(), state, measured, about, seed, torch.__version__, site.fqn)
+    return digest(f"{kind}-2", site.map.structure(), state, measured, about, seed, torch.__version__, site.fqn)
 
 
 def packed(session: Session, key: str, made: Made) -> None:
@@ -161,7 +161,7 @@ def packed(session: Session, key: str, made: Made) -> None:
         words: dict[str, Any] = {"keep": made.reason}
         tensors: dict[str, torch.Tensor] = {}
     else:
-        words = {"map": made.map.structure(), "notes": list(made.notes)}
+        words = {"map": made.map.structure(), "notes": list(made.notes), "rank": made.rank}
         tensors = {f"map.{name}": tensor for name, tensor in made.map.state_dict().items()}
     tensors["words"] = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
     session.cache.put(key, tensors)
@@ -177,4 +177,4 @@ def unpacked(session: Session, key: str, site: Site) -> Made | None:
         return Keep(words["keep"])
     made: LinearMap = restore(words["map"]).to(site.dtype)
     made.load_state_dict({name.removeprefix("map."): tensor for name, tensor in tensors.items()})
-    return Rewrite(made, tuple(words["notes"]))
+    return Rewrite(made, tuple(words["notes"]), words["rank"])

@@ -8,6 +8,7 @@ from lrc.solvers.auto import AutoSolver, auto
 from lrc.solvers.base import LOSS_UNIT, Decomposition, Factors, Moments, Need, Norm, Solve, SolverOptions, solver
 from lrc.solvers.basis_sharing import BasisSharingSolver, basis_sharing
 from lrc.solvers.blocks import solve_blocks
+from lrc.solvers.coded import Coded, CodedOptions, SolveCoded, coded_solver
 from lrc.solvers.dobi import DobiSolver, dobi
 from lrc.solvers.fisher import FisherOptions
 from lrc.solvers.gram import GramSolver, gram
@@ -15,6 +16,7 @@ from lrc.solvers.groups import Grouping, GroupOptions, GroupTerms, Member, Part,
 from lrc.solvers.inputs import InputsOptions, propagated_target
 from lrc.solvers.kfac import KfacSolver, kfac
 from lrc.solvers.ladder import Root, root
+from lrc.solvers.lr2vq import Lr2vqSolver, lr2vq
 from lrc.solvers.modular import ModularSolver, modular
 from lrc.solvers.nmf import NmfSolver, SnmfSolver, nmf, snmf
 from lrc.solvers.pivot import Pivot, Refusal, pivot
@@ -27,7 +29,7 @@ from lrc.spec.registry import Rule
 
 BUILTIN: tuple[Rule[Any, Any], ...] = (
     kfac, whitened, afm, lord, dobi, asvd, fwsvd, svd, gram, randomized, auto, altmin, snmf, nmf, random_init,
-    basis_sharing, modular,
+    basis_sharing, modular, lr2vq,
 )  # fmt: skip
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "AsvdSolver",
     "AutoSolver",
     "BasisSharingSolver",
+    "Coded",
+    "CodedOptions",
     "Decomposition",
     "DobiSolver",
     "Factors",
@@ -50,6 +54,7 @@ __all__ = [
     "InputsOptions",
     "KfacSolver",
     "LordSolver",
+    "Lr2vqSolver",
     "Member",
     "ModularSolver",
     "Moments",
@@ -65,6 +70,7 @@ __all__ = [
     "Root",
     "SnmfSolver",
     "Solve",
+    "SolveCoded",
     "SolveGroup",
     "SolverOptions",
     "SvdSolver",
@@ -75,11 +81,13 @@ __all__ = [
     "asvd",
     "auto",
     "basis_sharing",
+    "coded_solver",
     "dobi",
     "fwsvd",
     "gram",
     "kfac",
     "lord",
+    "lr2vq",
     "modular",
     "nmf",
     "pivot",

@@ -184,6 +184,7 @@ class Loop:
         row = {"step": float(done + 1), "loss": total, "lr": self.optimizer.param_groups[0]["lr"]}
         if not self.in_backward:
             row["grad_norm"] = self.clipped(done)
+            self.recipe.graded(done)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.recipe.after(done)
@@ -219,6 +220,8 @@ class Loop:
         self.history[-1]["validation"] = value
         if not math.isfinite(value):
             raise self.failure(done, f"the validation figure is {value}")
+        if not self.recipe.comparable():
+            return
         sign = 1 if self.validation.greater else -1
         if self.best is None or sign * value > sign * self.best["value"]:
             self.best = {"value": value, "step": done, **copy.deepcopy(self.tensors())}

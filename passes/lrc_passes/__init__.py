@@ -6,6 +6,7 @@ from lrc_passes.factorize import factorize
 from lrc_passes.fold_norms import FoldNormsPass
 from lrc_passes.load_adapter import LoadAdapterPass
 from lrc_passes.merge import merge
+from lrc_passes.prune import PrunePass
 from lrc_passes.quantize import quantize
 from lrc_passes.reestimate_norms import ReestimateNormsPass
 from lrc_passes.slice import SlicePass
@@ -13,6 +14,6 @@ from lrc_passes.split import split
 from lrc_passes.train import TrainPass
 
 BUILTIN = (
-    AdaptPass, auto, factorize, FoldNormsPass, LoadAdapterPass, merge, quantize, ReestimateNormsPass, SlicePass, split,
-    TrainPass,
+    AdaptPass, auto, factorize, FoldNormsPass, LoadAdapterPass, merge, PrunePass, quantize, ReestimateNormsPass, SlicePass,
+    split, TrainPass,
 )  # fmt: skip

@@ -179,9 +179,9 @@ class TrainPass:
         )
         recipe = recipe_of(options, runs, parameters, optimizer, settings, basis)
         loop = Loop(
-            module=runs.student, parameters=parameters, buffers={n: program.tensors()[n] for n in sorted(statistics)},
-            examples=examples, losses=runs.loss, optimizer=optimizer, settings=settings,
-            checkpoints=Checkpoints(session.cache.folder / "train" / key[:32]),
+            module=runs.student, parameters={**parameters, **recipe.tensors()},
+            buffers={n: program.tensors()[n] for n in sorted(statistics)}, examples=examples, losses=runs.loss,
+            optimizer=optimizer, settings=settings, checkpoints=Checkpoints(session.cache.folder / "train" / key[:32]),
             validation=validation_of(program, session, options, runs), in_backward=options.per_layer, recipe=recipe,
             parallel=parallel,
             report=lambda done, total: session.progress("train", done, total),

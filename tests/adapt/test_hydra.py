@@ -7,7 +7,7 @@ import torch
 from adapted import adapted, case, distance, train, trained
 from torch import Tensor
 
-from lrc.maps import Chain, LinearMap, Sum, simplify
+from lrc.maps import Chain, LinearMap, Scalar, Sum, simplify
 
 F64 = torch.float64
 
@@ -99,6 +99,19 @@ def test_twice_the_scale_is_twice_the_change() -> None:
         assert torch.allclose(2 * once, twice, rtol=0, atol=1e-13)
 
 
+def test_nothing_at_all_moves_at_the_start_and_the_original_weight_can_be_solved_for() -> None:
+    for alpha in (None, 0.5, 40.0):
+        it = case()
+        made = adapted(it, method={"type": "hydra", "sequential": 3}, rank=2, alpha=alpha)
+        assert distance(made.module(**it.inputs), it.model(**it.inputs)) == 0.0
+    moved, s = hydra(sequential=2), 2.0
+    p = parts(moved)
+    weight, _ = moved.exact()
+    eye = torch.eye(20, dtype=F64)
+    back = torch.linalg.solve(eye + s * p["D"] @ p["C"], weight - s * p["B"] @ p["A"])
+    assert torch.allclose(back, p["W"], rtol=0, atol=1e-10)
+
+
 def test_merging_again_is_another_map() -> None:
     """The branch after the weight would now act on the merged weight: what is merged must be kept apart from the original."""
     made = hydra(sequential=2, parallel=False, branch_bias=False)
@@ -141,3 +154,46 @@ def test_no_branch_at_all_is_no_adapter() -> None:
     it = case()
     made = adapted(it, targets=["tall"], method={"type": "hydra", "sequential": 0, "parallel": False})
     assert "no branch" in str(made.plan.decisions[0].keep)
+
+
+def test_a_trained_scale_is_one_number_of_both_branches_and_multiplies_their_biases() -> None:
+    it = case(F64)
+    method = {"type": "hydra", "sequential": 2, "train_scale": True}
+    made = adapted(it, targets=["tall"], method=method, rank=3, alpha=6.0).program.maps["tall"]
+    plain = adapted(it, targets=["tall"], method={"type": "hydra", "sequential": 2}, rank=3, alpha=6.0).program.maps["tall"]
+    assert trained(made) == trained(plain) + 1
+    scales = [part.scalar for part in made.modules() if isinstance(part, Scalar)]
+    assert len(scales) == 2
+    assert scales[0] is scales[1]
+    assert scales[0].tolist() == [2.0]
+    generator = torch.Generator().manual_seed(2)
+    numbers = [p for p in made.parameters() if p.requires_grad and p is not scales[0]]
+    with torch.no_grad():
+        for ours, theirs in zip(numbers, (p for p in plain.parameters() if p.requires_grad), strict=True):
+            ours.copy_(torch.randn(ours.shape, generator=generator))
+            theirs.copy_(ours)
+    x = torch.randn(4, 8, dtype=F64)
+    assert torch.allclose(made(x), plain(x), rtol=0, atol=1e-12)
+    h = it.model.tall(x)
+    with torch.no_grad():
+        scales[0].fill_(-4.0)
+    assert torch.allclose(made(x) - h, -2.0 * (plain(x) - h), rtol=0, atol=1e-10)
+    made(x).sum().backward()
+    assert torch.allclose(scales[0].grad, ((plain(x) - h) / 2.0).sum(), rtol=0, atol=1e-8)
+    assert torch.allclose(simplify(made).map(x), made(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("start", ["kaiming", "xavier", "normal"])
+def test_the_second_branch_starts_as_one_of_the_authors_codes_says(start: str) -> None:
+    model = torch.nn.Linear(4, 3000)
+    it = case()._replace(model=model, inputs={"input": torch.randn(1, 4)})
+    made = adapted(it, targets=["**"], method={"type": "hydra", "sequential": 8, "sequential_init": start}, rank=2)
+    (one,) = made.program.maps.values()
+    named = dict(one.named_parameters())
+    C = named["base.after.adapter.inner.A.weight"].detach()
+    if start == "normal":
+        assert float(C.std()) == pytest.approx(0.02, rel=0.02)
+    else:
+        bound = {"kaiming": 3000**-0.5, "xavier": (6 / 3008) ** 0.5}[start]
+        assert 0.99 * bound < float(C.abs().max()) <= bound
+    assert torch.equal(made.module(**it.inputs), model(it.inputs["input"]))

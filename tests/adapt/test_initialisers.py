@@ -144,6 +144,29 @@ def test_the_scales_of_lora_ga() -> None:
     assert "singular vectors" in str(LoraGa().obstacle("linear", (12, 8), 5))
 
 
+def test_the_other_scales_of_lora_ga_are_the_authors() -> None:
+    shape = (12, 8)
+    W, G = weight(shape), weight(shape, 5)
+    unit, gd, svd = (run("lora_ga", shape, scale=scale) for scale in ("unit", "gd", "weight_svd"))
+    assert torch.allclose(gd.A, unit.A / SCALING)
+    assert torch.allclose(gd.B, unit.B / SCALING)
+    factor = float((torch.linalg.svdvals(W)[:RANK] / SCALING).sqrt().mean())
+    assert torch.allclose(svd.B @ svd.A, factor**2 * unit.B @ unit.A, atol=1e-5)
+    clipped = run("lora_ga", shape, scale="gd", scaling=0.01, norm_clip=True)
+    offset = 0.01 * clipped.B @ clipped.A
+    assert float(offset.abs().max()) == pytest.approx(float(W.abs().max()), rel=1e-5)  # it was larger
+    assert clipped.base is not None
+    assert torch.allclose(clipped.base + offset, W, atol=1e-5)
+    drawn = run("lora_ga", shape, scale="unit", direction="random")
+    assert float((drawn.B.double().T @ G @ drawn.A.double().T).abs().max()) < 1e-4  # from disjoint triples
+    S = torch.linalg.svdvals(G)
+    theirs = {scale: run("lora_ga_hf", shape, scale=scale) for scale in ("unit", "gd", "weight_svd")}
+    assert torch.allclose(theirs["unit"].B.norm(dim=0).double(), S[RANK : 2 * RANK], rtol=1e-3)
+    assert torch.allclose(theirs["gd"].B @ theirs["gd"].A, theirs["unit"].B @ theirs["unit"].A / SCALING**2, atol=1e-5)
+    largest = torch.linalg.svdvals(W)[0] / S[RANK]
+    assert torch.allclose(theirs["weight_svd"].B, (theirs["unit"].B * largest).float(), rtol=1e-3, atol=1e-4)
+
+
 def test_the_variant_of_peft_carries_the_singular_values_of_the_gradient() -> None:
     shape = (12, 8)
     found = run("lora_ga_hf", shape)

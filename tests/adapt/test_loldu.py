@@ -108,3 +108,25 @@ def test_factors_are_stored_as_triangles_and_an_index() -> None:
 def test_more_pivots_than_there_are_is_a_reason_to_keep_the_weight() -> None:
     made = adapted(case(), targets=["row"], method="loldu", rank=2)
     assert "has 1 pivots, and rank 2 was asked for" in str(made.plan.decisions[0].keep)
+
+
+def test_a_trained_scale_is_that_of_the_pivots_and_not_of_what_they_replace() -> None:
+    """W + P L (s diag(z) - s0 diag(d)) U: the authors' residual holds the scale of the start, W - s0 P L diag(d) U."""
+    it = case(F64)
+    method = {"type": "loldu", "train_scale": True}
+    made = adapted(it, targets=["square"], method=method, rank=5, alpha=10.0).program.maps["square"]
+    assert trained(made) == 5 + 1
+    named = dict(made.named_parameters())
+    (scale,) = (p for name, p in named.items() if name.endswith("scalar"))
+    (z,) = (p for name, p in named.items() if p.requires_grad and p is not scale)
+    assert scale.tolist() == [2.0]
+    W, found = it.model.square.weight.detach(), ldu(it.model.square.weight, 5)
+    assert torch.equal(made.exact().weight, W)
+    L = found.L[found.order.argsort()]
+    with torch.no_grad():
+        scale.fill_(-0.5)
+        z.add_(torch.arange(5.0, dtype=F64))
+    residual = W - 2.0 * (L * found.d) @ found.U
+    expected = residual - 0.5 * (L * z.detach()) @ found.U
+    assert torch.allclose(made.exact().weight, expected, rtol=0, atol=1e-12)
+    assert torch.allclose(simplify(made).map.exact().weight, expected, rtol=0, atol=1e-12)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapted import Case, adapted, case, distance, train
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lrc
@@ -21,6 +22,7 @@ from lrc.maps import Gate
 peft = pytest.importorskip("peft", reason="skipped: comparisons with PEFT, which is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
+NAMES = ("lora_A.weight", "lora_B.weight", "base_layer.bias")
 LINEARS = ["{tall,square,wide,row,column}"]
 AS_LORA: dict[str, dict[str, Any]] = {
     "lora_xs": {"method": "lora_xs", "rank": 1, "init": {"type": "svd_weight", "core_std": 0.5}},
@@ -30,8 +32,17 @@ AS_LORA: dict[str, dict[str, Any]] = {
     "colora": {"method": "colora", "rank": 2},
     "plp": {"method": "plp", "rank": 4},
     "plp from the base": {"method": {"type": "plp", "zero_init": True}, "rank": 4},
-    "hydra": {"method": {"type": "hydra", "sequential": 0, "branch_bias": False}, "rank": 2},
-}
+    "hydra beside": {"method": {"type": "hydra", "sequential": 0, "branch_bias": False}, "rank": 2},
+    "hydra": {"method": {"type": "hydra", "sequential": 3, "branch_bias": False}, "rank": 2, "alpha": 3.0},
+    "hydra with a trained scale": {
+        "method": {"type": "hydra", "sequential": 0, "branch_bias": False, "train_scale": True}, "rank": 2, "alpha": 3.0
+    },
+    "loldu with a trained scale": {"method": {"type": "loldu", "train_scale": True}, "rank": 1, "alpha": 0.5},
+    "hydra after": {"method": {"type": "hydra", "sequential": 2, "parallel": False, "branch_bias": False}, "rank": 2},
+    "hydra with biases": {
+        "method": {"type": "hydra", "sequential": 2}, "rank": 3, "alpha": 2.0, "targets": ["{conv,tall,square,row,column}"]
+    },
+}  # fmt: skip
 
 
 def plain() -> Case:
@@ -98,16 +109,41 @@ def test_gates_that_are_closed_are_no_part_of_the_folder_and_a_module_without_an
     ("options", "words"),
     [
         ({"method": "flora", "rank": 2, "targets": ["conv"]}, "conv: the adapter is no product of two matrices"),
-        ({"method": "hydra", "rank": 2, "targets": ["tall"]}, "Merge it"),
         ({"method": {"type": "compacter", "n": 2}, "rank": 4, "targets": ["tall"]}, "PEFT has no adapter of the form Chain"),
     ],
-    ids=["flora", "hydra", "compacter"],
+    ids=["flora", "compacter"],
 )
 def test_what_is_no_lora_is_refused_with_the_remedy(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     it = plain()
     with pytest.raises(LrcError, match=words):
         export_peft(adapted(it, **options).program, tmp_path, PeftExport())
     assert not (tmp_path / "adapters").exists()
+
+
+def test_the_branch_after_a_weight_is_a_lora_of_the_summed_rank_and_a_change_of_the_bias(tmp_path: Path) -> None:
+    it = plain()
+    made = adapted(it, targets=["{tall,conv}"], method={"type": "hydra", "sequential": 3}, rank=2, alpha=4.0)
+    train(made.program)
+    folder = exported(made, tmp_path)
+    config, tensors = config_of(folder), load_file(folder / "adapter_model.safetensors")
+    assert (config["r"], config["lora_alpha"], config["bias"]) == (5, 10, "lora_only")
+    for fqn in ("tall", "conv"):
+        weight, bias = made.program.maps[fqn].exact()
+        named = {last: tensors[f"base_model.model.{fqn}.{last}"].double() for last in NAMES}
+        change = 2.0 * named["lora_B.weight"].flatten(1) @ named["lora_A.weight"].flatten(1)
+        own = getattr(it.model, fqn)
+        assert torch.allclose(own.weight.flatten(1) + change, weight, rtol=0, atol=1e-6)
+        assert torch.allclose(named["base_layer.bias"], bias, rtol=0, atol=1e-6)
+        assert not torch.allclose(own.bias, named["base_layer.bias"].float())
+
+
+def test_a_bias_that_branches_add_to_a_module_without_one_is_refused_once_it_is_not_zero(tmp_path: Path) -> None:
+    it = plain()
+    made = adapted(it, targets=["{wide,table}"], method={"type": "hydra", "sequential": 3}, rank=2)
+    exported(made, tmp_path / "at the start")
+    train(made.program)
+    with pytest.raises(LrcError, match="the module has none: PEFT has no place for it"):
+        export_peft(made.program, tmp_path, PeftExport())
 
 
 def test_biases_that_peft_trained_are_read_and_written_byte_by_byte(tmp_path: Path) -> None:
@@ -146,6 +182,18 @@ def test_starts_that_look_at_data_hold_on_the_untouched_base_in_peft(method: str
     assert config["init_lora_weights"] is True
     for outputs in (in_peft(folder, it), loaded(folder, it).module(**it.inputs)):
         assert distance(outputs, trained) < 1e-5
+
+
+@pytest.mark.parametrize("spelling", [".default_lora_latent_mapping.weight", "_lora_latent_mapping.weight"])
+def test_the_checkpoint_of_the_authors_of_lora_xs_is_read_as_the_lora_that_it_is(spelling: str, tmp_path: Path) -> None:
+    it = plain()
+    made = adapted(it, targets=["tall"], method="lora_xs", rank=3, alpha=6)
+    train(made.program)
+    folder = exported(made, tmp_path)
+    B, R, A = (part.detach() for part in made.program.maps["tall"].adapter.inner.slots)
+    names = {"tall.lora_A.weight": A, "tall.lora_B.weight": B, f"tall{spelling}": R}
+    save_file({f"base_model.model.{name}": t.contiguous() for name, t in names.items()}, folder / "adapter_model.safetensors")
+    assert distance(loaded(folder, it).module(**it.inputs), made.module(**it.inputs)) < 2e-6
 
 
 def test_an_adapter_that_peft_started_by_eva_is_read(tmp_path: Path) -> None:

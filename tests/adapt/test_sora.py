@@ -61,6 +61,16 @@ def test_a_closed_gate_still_has_a_gradient_and_its_factors_have_none() -> None:
     assert B.grad[:, 0].abs().max() > 0
 
 
+def test_a_closed_gate_comes_back_only_by_steps_above_the_threshold() -> None:
+    from lrc.train.optim.proximal import soft_threshold
+
+    step, gate = 8e-4, torch.zeros(3, dtype=F64)
+    assert torch.equal(soft_threshold(gate - step, 1e-3), gate)  # the step of Adam is smaller than xi: it stays closed
+    assert torch.allclose(soft_threshold(gate - step, 3e-4), torch.full((3,), -5e-4, dtype=F64))
+    v = torch.linspace(-1, 1, 41, dtype=F64)
+    assert torch.allclose(soft_threshold(soft_threshold(v, 0.2), 0.13), soft_threshold(v, 0.33), rtol=0, atol=1e-15)
+
+
 def test_open_gates_of_one_are_plain_lora() -> None:
     it = case()
     ours = adapted(it, targets=["tall"], method={"type": "sora", "gate": "ones"}, rank=3)

@@ -34,7 +34,7 @@ def test_four_bits_are_the_table_of_qlora_and_the_others_nest_as_published() -> 
 
 
 @settings(max_examples=40, deadline=None)
-@given(bits=st.sampled_from([1, 2, 3, 4, 8]), count=st.integers(1, 70), seed=st.integers(0, 99))
+@given(bits=st.integers(1, 16), count=st.integers(1, 70), seed=st.integers(0, 99))
 def test_packed_codes_come_back(bits: int, count: int, seed: int) -> None:
     codes = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     packed = pack(codes, bits)
@@ -42,9 +42,9 @@ def test_packed_codes_come_back(bits: int, count: int, seed: int) -> None:
     assert torch.equal(unpack(packed, bits, count), codes)
 
 
-def test_codes_of_five_bits_have_no_layout() -> None:
-    with pytest.raises(ValueError, match="known: 1, 2, 3, 4, 8"):
-        pack(torch.zeros(4), 5)
+def test_codes_of_seventeen_bits_have_no_layout() -> None:
+    with pytest.raises(ValueError, match="17 bits cannot be packed; 1 to 16 bits can"):
+        pack(torch.zeros(4), 17)
 
 
 @pytest.mark.parametrize("name", list(FORMATS))

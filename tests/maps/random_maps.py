@@ -20,6 +20,7 @@ from lrc.maps import (
     OutputMask,
     Permutation,
     Pivoted,
+    Scalar,
     Scale,
     Sum,
     Triangular,
@@ -63,7 +64,7 @@ def maps(draw: st.DrawFn, m: int, n: int, depth: int = 2) -> LinearMap:
     bias = randn(m, seed=seed + 9) if draw(st.booleans()) else None
     kinds = ["dense", "pair", "pivoted", "triangular", "blocks", "kronecker", "gated"]
     if m == n:
-        kinds += ["diagonal", "permutation", "identity", "gate", "passing", "mask"]
+        kinds += ["diagonal", "permutation", "identity", "gate", "passing", "mask", "scalar"]
     if depth:
         kinds += ["chain", "sum", "scale", "single"] * 2
     kind = draw(st.sampled_from(kinds))
@@ -81,6 +82,8 @@ def maps(draw: st.DrawFn, m: int, n: int, depth: int = 2) -> LinearMap:
         return Identity(m, F64)
     if kind == "mask":
         return OutputMask(closed(m, seed) != 0, F64)
+    if kind == "scalar":
+        return Scalar(randn(1, seed=seed), m, bias)
     if kind == "triangular":
         return Triangular.of(randn(m, n, seed=seed), upper=m < n, unit=draw(st.booleans()), bias=bias)
     if kind == "blocks":

@@ -62,6 +62,17 @@ def test_full_ranks_with_orthogonal_factors_represent_any_kernel() -> None:
     assert torch.allclose(made.exact().weight, kernel.flatten(1), rtol=0, atol=1e-13)
 
 
+def test_whole_orthogonal_kernel_factors_leave_ranks_of_channels_alone() -> None:
+    """Then it is 1 x 1, whole kernel, 1 x 1: the product of channels that LoRA of a convolution is, with a core between."""
+    factors = [randn(4, 2, seed=0), randn(6, 3, seed=1), *(torch.linalg.qr(randn(3, 3, seed=i))[0] for i in (2, 3))]
+    core = randn(2, 3, 3, 3, seed=4)
+    made = Tucker(core, factors, Geometry.unit(2))
+    inner = torch.einsum("abcd,hc,wd->abhw", core, *factors[2:])
+    assert torch.allclose(made.exact().weight, torch.einsum("abhw,ia,ob->oihw", inner, *factors[:2]).flatten(1))
+    assert torch.linalg.matrix_rank(made.exact().weight) == 3
+    assert torch.linalg.matrix_rank(inner.flatten(2).permute(2, 0, 1).flatten(1)) == 6  # nothing of the kernel is lost
+
+
 def test_a_factor_times_c_and_a_core_over_c_are_the_same_kernel() -> None:
     made = tucker(WHOLE)
     for axis, c in itertools.product(range(4), (0.25, -3.0)):

@@ -70,8 +70,19 @@ class Recipe:
         """Return what is added to the loss of a step, with its graph, or None."""
         return None
 
+    def graded(self, done: int) -> None:
+        """Look at the gradients of a step, after they were shortened and before they are used."""
+
     def after(self, done: int) -> None:
         """Act on the parameters after a step."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the recipe changes beside the parameters, by name: kept with them in checkpoints and as the best."""
+        return {}
+
+    def comparable(self) -> bool:
+        """Say whether the parameters are of the kind that the run ends with; no others are remembered as the best."""
+        return True
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain data and tensors."""

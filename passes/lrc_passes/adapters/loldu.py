@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from lrc.initialisers import InitialiserOptions
-from lrc.maps import Diagonal, LinearMap, Permutation, Sum, Triangular
+from lrc.maps import Chain, Diagonal, LinearMap, Permutation, Sum, Triangular
 from lrc.program import Site
 from lrc.run import AdapterOptions, Place, adapter
 from lrc.solvers.ldu import Ldu, ldu
-from lrc_passes.adapters.parts import branch, constant
+from lrc_passes.adapters.parts import branch, constant, number, times
 
 Start = Literal["lu", "uniform", "s_uniform", "normal", "s_normal", "constant", "ones", "zeros"]
 
@@ -31,6 +31,7 @@ class Loldu(AdapterOptions):
         description="Where the pivots start: at their own values, which changes nothing; uniform or normal with their mean and "
         "deviation (s_: with the standard ones); constant at their mean; ones; zeros.",
     )
+    train_scale: bool = Field(default=False, description="Whether s is trained too: one number a site.")
     default_rank: ClassVar[int] = 64
     default_alpha: ClassVar[float | None] = 1.0
     default_init: ClassVar[InitialiserOptions | None] = None
@@ -45,7 +46,9 @@ class Loldu(AdapterOptions):
 def loldu(place: Place, options: Loldu) -> LinearMap:
     """X -> X* + s P L diag(z - d) U, z trained. Source: Shi et al. (2024), arXiv:2410.13618, equations 3 to 6.
 
-    Decomposed in float64. Of a convolution it is the matrix of patches, of an embedding the table (as the authors have it).
+    With `train_scale` it is X* + P L (s diag(z) - s0 diag(d)) U, s0 where s starts: what stands in the weight's place in the
+    authors' code has s0 in it too. Decomposed in float64. Of a convolution it is the matrix of patches, of an embedding the
+    table (as the authors have it).
     """
     site = place.site
     table = site.kind == "embedding"
@@ -53,7 +56,11 @@ def loldu(place: Place, options: Loldu) -> LinearMap:
     dtype, spatial = site.dtype, site.layout.spatial
     d = found.d.to(dtype)
     z = started(d, options.z_init, place.generator)
-    between = Sum(Diagonal(z, spatial=spatial), Diagonal(constant(-d), spatial=spatial), names=("z", "start"))
+    pivots: LinearMap = Diagonal(z, spatial=spatial)
+    s = place.scaling if options.train_scale else 1.0
+    if options.train_scale:
+        pivots = times(number(place, s), Chain(pivots, names=("z",)))
+    between = Sum(pivots, Diagonal(constant(-s * d), spatial=spatial), names=("z", "start"))
     parts: tuple[LinearMap, ...]
     if site.kind == "linear":
         L, U = Triangular.of(found.L.to(dtype)), Triangular.of(found.U.to(dtype), upper=True, unit=found.unit)
@@ -67,7 +74,8 @@ def loldu(place: Place, options: Loldu) -> LinearMap:
     for part in parts:
         if part is not between:
             part.requires_grad_(False)
-    made = place.scaled(branch(place, *parts, names=names))
+    made = branch(place, *parts, names=names)
+    made = made if options.train_scale else place.scaled(made)
     return Sum(place.base(), made, bias=place.bias, names=("base", "adapter"))
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lrc.maps import Chain, Dropout, LinearMap
+from lrc.maps import Chain, Dropout, LinearMap, Scalar
 from lrc.run import Place
 
 
@@ -15,6 +15,16 @@ def branch(place: Place, *parts: Tensor | LinearMap, names: tuple[str, ...] = ("
         return Chain(*parts, names=names)
     left_out = Dropout(place.site.in_features, place.dropout, place.site.dtype)
     return Chain(*parts, left_out, names=(*names, "dropout"))
+
+
+def number(place: Place, value: float) -> nn.Parameter:
+    """Return a constant that is trained, (1,), in the dtype of the site."""
+    return nn.Parameter(torch.full((1,), value, dtype=place.site.dtype))
+
+
+def times(scalar: nn.Parameter, made: Chain) -> Chain:
+    """Return a trained constant in front of a product."""
+    return Chain(Scalar(scalar, made.out_features, spatial=made.spatial), *made.slots, names=("scale", *made.names))
 
 
 def constant(values: Tensor) -> nn.Parameter:

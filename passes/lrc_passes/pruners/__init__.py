@@ -1,7 +1,7 @@
 """Pruning methods: what is dropped, one file each."""
 
-from typing import Any
+from lrc_passes.pruners.ranks import RanksPruner
+from lrc_passes.pruners.structured import StructuredPruner
+from lrc_passes.pruners.unstructured import unstructured
 
-from lrc.spec.registry import Rule
-
-BUILTIN: tuple[Rule[Any, Any], ...] = ()
+BUILTIN = (RanksPruner, StructuredPruner, unstructured)

@@ -1,0 +1,58 @@
+"""How much every entry of a weight matters: what pruning sums over a unit, or compares entry by entry.
+
+magnitude  W²                 Han et al. (2015), arXiv:1506.02626
+wanda      W² E[x²]           Sun et al. (2024), arXiv:2306.11695, squared: what the entry gives to its output on average
+taylor     |W dL/dW|          Molchanov et al. (2019), arXiv:1906.10771; Ma et al. (2023), arXiv:2305.11627 (first order)
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrc.solvers.base import Moments, Need
+
+Entries = Callable[[Tensor, Moments, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A criterion.
+
+    entries: from a weight (out_features, in_features), its moments and the mean gradient of the loss to the scores of its
+    entries, not negative, in float32 or more. needs: what is measured for it; gradient: it asks for dL/dW. sides: of a unit,
+    what is summed: rows of what writes it (out), columns of what reads it (in). root: a unit has the root of the sum.
+    """
+
+    entries: Entries
+    needs: frozenset[Need] = frozenset()
+    gradient: bool = False
+    sides: tuple[str, ...] = ("out", "in")
+    root: bool = False
+
+
+def magnitude(weight: Tensor, moments: Moments, gradient: Tensor | None) -> Tensor:
+    """Return the squares of the entries."""
+    return weight.float().square()
+
+
+def wanda(weight: Tensor, moments: Moments, gradient: Tensor | None) -> Tensor:
+    """Return the squares of the entries times the mean squares of their inputs; of a weight in groups, of those of its rows."""
+    assert moments.gram is not None, "the inputs are measured"
+    squares = moments.gram.diagonal() if moments.gram.ndim == 2 else moments.gram
+    blocks = squares.reshape(-1, weight.shape[1])
+    return weight.float().square() * blocks.repeat_interleave(len(weight) // len(blocks), 0).to(weight.device, torch.float32)
+
+
+def taylor(weight: Tensor, moments: Moments, gradient: Tensor | None) -> Tensor:
+    """Return how much the loss changes without each entry, in first order."""
+    assert gradient is not None, "the gradient is measured"
+    return (weight.float() * gradient.to(weight.device)).abs()
+
+
+SCORES: Mapping[str, Score] = {
+    "magnitude": Score(magnitude, root=True),
+    "wanda": Score(wanda, frozenset({Need.INPUTS}), sides=("in",), root=True),
+    "taylor": Score(taylor, gradient=True),
+}

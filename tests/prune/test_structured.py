@@ -1,0 +1,169 @@
+"""prune, structured: budgets, criteria, what the plan says, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nets import image_program, masked, net
+from torch import Tensor, nn
+
+import lrc
+from lrc.errors import SpecError, UsageError
+from lrc.program.capture import capture_module
+from lrc.program.dependency import find_groups
+from lrc.solvers import Moments
+from lrc.solvers.scores import SCORES
+
+BATCH = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(in_tmp: Path) -> None:
+    """Run every test in a folder of its own."""
+
+
+def pruned(
+    model: nn.Module | None = None, x: Tensor = BATCH, *, then: Any = (), targets: Any = ("**",), **method: Any
+) -> lrc.Compiled:
+    """Prune a network."""
+    step = {"type": "prune", "targets": list(targets), "method": {"type": "structured", **method}}
+    spec = {"version": 1, "passes": [step, *then]}
+    return lrc.compile(model or net("residual"), spec, inputs=[x], calibration=[(x,)], cache=Path("cache"))
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "taylor"])
+@pytest.mark.parametrize("allocate", ["uniform", "global"])
+def test_a_budget_of_parameters_is_met_and_nearly_used(criterion: str, allocate: str) -> None:
+    done = pruned(criterion=criterion, allocate=allocate, amount={"params_kept": 0.6})
+    before = sum(d.before.parameters for d in done.plan.decisions)
+    after = sum(d.after.parameters for d in done.plan.decisions)
+    assert 0.4 * before < after <= 0.6 * before
+    assert after == sum(site.map.cost().parameters for site in done.program.sites.values())
+    note = next(note for note in done.plan.notes if note.startswith("prune"))
+    assert f"parameters of the targets: {before} → {after}" in note
+
+
+def test_widths_and_flops_are_budgets_too() -> None:
+    done = pruned(amount={"width_kept": 0.5})
+    assert [done.program.sites[f].out_features for f in ("stem", "a1", "a2", "b1", "down")] == [4, 4, 4, 6, 6]
+    assert [done.program.sites[f].out_features for f in ("stem", "head")] == [4, 5]
+    flops = pruned(amount={"flops_kept": 0.5})
+    assert any("FLOPs per sample of the targets: " in note for note in flops.plan.notes)
+    round_four = pruned(amount={"width_kept": 0.7}, round_to=4)
+    assert {round_four.program.sites[f].out_features for f in ("stem", "b1")} == {4, 8}
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "taylor"])
+def test_the_weakest_units_go(criterion: str) -> None:
+    """Rows of zeros, which nothing reads, are the first to go, whatever the criterion."""
+    model = net("residual")
+    assert isinstance(model.a1, nn.Conv2d)
+    assert isinstance(model.a2, nn.Conv2d)
+    with torch.no_grad():
+        model.a1.weight[[1, 4, 6]] = 0
+        model.a2.weight[:, [1, 4, 6]] = 0
+    done = pruned(model, targets=["a1", "a2"], criterion=criterion, amount={"width_kept": 0.625})
+    with torch.no_grad():
+        torch.testing.assert_close(done.module(BATCH), model(BATCH), rtol=0, atol=1e-5)
+    assert torch.equal(done.program.sites["a1"].map.dense().weight, model.a1.weight[[0, 2, 3, 5, 7]].detach().flatten(1))
+
+
+def test_scores_of_a_linear_are_their_formulas() -> None:
+    W, x, g = torch.randn(5, 3), torch.randn(40, 3).double(), torch.randn(5, 3)
+    moments = Moments(gram=x.T @ x / 40)
+    torch.testing.assert_close(SCORES["magnitude"].entries(W, moments, None), W**2)
+    torch.testing.assert_close(SCORES["taylor"].entries(W, moments, g), (W * g).abs())
+    wanda = SCORES["wanda"].entries(W, moments, None).sqrt() * 40**0.5
+    torch.testing.assert_close(wanda, W.abs() * x.norm(dim=0).float())
+
+
+def test_merging_afterwards_leaves_the_masked_models_output() -> None:
+    program, x = image_program("residual")
+    groups = find_groups(program)
+    merge = {"type": "merge"}
+    done = pruned(net("residual"), x, then=[merge], amount={"width_kept": 0.5})
+    gone = {g.name: np.sort(_gone(program, g)) for g in groups.groups}
+    expected = masked(program, groups, gone)
+    with torch.no_grad():
+        assert (done.program(x)["output"] - expected(x)["output"]).abs().max() <= 1e-6
+
+
+def _gone(program: Any, group: Any) -> list[int]:
+    """Return the half of a group's units whose weights are shortest, rows and columns together."""
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for member in group.members:
+        if member.site is None:
+            continue
+        weight = program.sites[member.site].map.dense().weight.double()
+        if member.slot[2] == "out":
+            total += weight.square().sum(1)[torch.from_numpy(member.index)].sum(1)
+        else:
+            columns = weight.reshape(len(weight), member.index.size, -1) if member.index.shape[1] == 1 else weight[..., None]
+            total += columns.square().sum((0, 2))[torch.from_numpy(member.index)].sum(1)
+    return total.argsort()[: group.units // 2].tolist()
+
+
+def test_the_plan_says_what_is_kept_and_why() -> None:
+    plan = lrc.plan(
+        net("residual"),
+        {
+            "version": 1,
+            "passes": [
+                {"type": "prune", "targets": ["{a1,a2,head}"], "method": {"type": "structured", "amount": {"width_kept": 0.5}}}
+            ],
+        },
+        inputs=[BATCH],
+    )
+    told = {d.sites[0]: d for d in plan.decisions}
+    assert told["a1"].notes == ("gives 4 of 8 channels (a1)",)
+    assert told["a2"].notes == ("reads 4 of 8 channels (a1)",)
+    assert told["head"].keep == "the model gives it as an output"
+    assert "prune: the channels of stem stay, for stem is linked with them and is no target" in plan.notes
+
+
+def test_pruning_twice_by_the_same_width_goes_on_and_by_everything_changes_nothing() -> None:
+    whole = pruned(amount={"width_kept": 1.0})
+    assert all(d.keep for d in whole.plan.decisions)
+    torch.testing.assert_close(whole.module(BATCH), net("residual")(BATCH))
+
+
+def test_factors_are_pruned_as_they_are() -> None:
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(12, 16), nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.up(x)))
+
+    torch.manual_seed(0)
+    model, x = Mlp().eval(), torch.randn(6, 12)
+    factorize = {"type": "factorize", "solver": "svd", "rank": 4, "form": "two_factor"}
+    prune = {"type": "prune", "method": {"type": "structured", "amount": {"params_kept": 0.7}}}
+    done = lrc.compile(model, {"version": 1, "passes": [factorize, prune]}, inputs=[x])
+    up = done.program.sites["up"].map
+    assert repr(up).startswith("Chain[")
+    assert up.out_features == done.program.sites["down"].map.in_features < 16
+    before, after = (sum(getattr(d, when).parameters for d in done.plan.of_pass(1)) for when in ("before", "after"))
+    assert after <= 0.7 * before
+
+
+def test_impossible_and_unclear_amounts_are_refused() -> None:
+    with pytest.raises(UsageError, match="expected at least 0"):
+        pruned(amount={"params_kept": 0.001})
+    with pytest.raises(SpecError, match="give one of `width_kept`, `params_kept` and `flops_kept`"):
+        pruned(amount={"params_kept": 0.5, "width_kept": 0.5})
+    with pytest.raises(SpecError, match="unknown key `width`"):
+        pruned(amount={"width": 0.5})
+    with pytest.raises(SpecError, match="magnitude"):
+        pruned(amount={"width_kept": 0.5}, criterion="size")
+
+
+def test_nothing_to_cut_is_said() -> None:
+    program = capture_module(nn.Linear(4, 3), [torch.randn(2, 4)])
+    spec = {"version": 1, "passes": [{"type": "prune", "method": {"type": "structured", "amount": {"width_kept": 0.5}}}]}
+    plan = lrc.plan(program, spec)
+    assert "prune: nothing among the targets can be cut" in plan.notes
+    assert all(d.keep == "the model gives it as an output" for d in plan.decisions)
