@@ -22,6 +22,14 @@ class Contribution(SpecModel):
     scores: dict[str, float] = Field(
         description="Contribution of every target, by name, or the JSON file that `lrc.measure.write_scores` has made."
     )
+    beside: int = Field(
+        default=0,
+        ge=0,
+        description="Numbers that are trained beside the products (biases, norms), which the budget covers too.",
+    )
+    beta: float = Field(
+        default=0.0, ge=-1, le=1, strict=False, description="Share of its own numbers that a layer without a contribution has."
+    )
     least: float = Field(default=0.0, ge=0, le=1, strict=False, description="Smallest share of a layer's own numbers.")
     most: float = Field(default=0.5, gt=0, le=1, strict=False, description="Largest share of a layer's own numbers.")
 
@@ -54,12 +62,12 @@ class ContributionRank(BudgetPolicy):
 
 @rank_policy(ContributionRank)
 def contribution(curves: Sequence[SiteCurve], options: ContributionRank, setting: Setting) -> Allocation:
-    """Return r_i = round(delta_i p_i / c_i), delta_i = clip(alpha s_i, least, most), with the largest alpha that fits.
+    """Return r_i = round(delta_i p_i / c_i), delta_i = clip(alpha s_i + beta, least, most), with the largest alpha that fits.
 
     p_i: numbers of the weight; c_i: numbers of one rank, out_features + in_features; s_i: the score over the largest one. What
     the bisection on alpha leaves goes to the sites that are next, by score and then in order. The losses are not looked at.
     The rule is ours, after Park et al. (2024), arXiv:2408.01099, whose exact function is not published with code. Raises
-    UsageError for a target without a score, and where `least` alone is over the budget.
+    UsageError for a target without a score, and where `least` and `beta` alone are over the budget.
     """
     asked = options.contribution
     for curve in curves:
@@ -68,7 +76,7 @@ def contribution(curves: Sequence[SiteCurve], options: ContributionRank, setting
                 "rank.contribution.scores", message=f"no score for {curve.name}",
                 hint="Measure it, or name the site under `ignore`",
             )  # fmt: skip
-    amount = asked.budget * sum(curve.dense_size for curve in curves) * (1 + 1e-12)
+    amount = asked.budget * sum(curve.dense_size for curve in curves) * (1 + 1e-12) - asked.beside
     ranks = shared(curves, [asked.scores[curve.name] for curve in curves], amount, asked, setting.round_to)
     none = Choice(None, "it contributes too little for a rank of 1")
     pairs = zip(curves, ranks, strict=True)
@@ -83,13 +91,15 @@ def shared(
     parts = [score / top if top > 0 else 0.0 for score in scores]
 
     def ranks(alpha: float) -> list[int]:
-        return [rank_at(curve, alpha * s, asked, round_to) for curve, s in zip(curves, parts, strict=True)]
+        return [rank_at(curve, alpha * s + asked.beta, asked, round_to) for curve, s in zip(curves, parts, strict=True)]
 
-    low, high = 0.0, min(asked.most / min((s for s in parts if s > 0), default=1.0), 1e300)
+    low, high = 0.0, min((asked.most - asked.beta) / min((s for s in parts if s > 0), default=1.0), 1e300)
     if spent(curves, ranks(low)) > amount:
-        least = spent(curves, ranks(low)) / sum(curve.dense_size for curve in curves)
+        least = (spent(curves, ranks(low)) + asked.beside) / sum(curve.dense_size for curve in curves)
         raise UsageError(
-            "rank.contribution.budget", expected=f"at least {least:.4g}, which `least` alone needs", got=f"{asked.budget:g}"
+            "rank.contribution.budget",
+            expected=f"at least {least:.4g}, which what is trained beside, `least` and `beta` need",
+            got=f"{asked.budget:g}",
         )
     if spent(curves, ranks(high)) <= amount:
         return ranks(high)

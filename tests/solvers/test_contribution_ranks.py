@@ -79,7 +79,7 @@ def test_a_scale_of_all_scores_changes_nothing_and_zero_scores_give_no_adapter()
 def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no score for s1"):
         ranks([(8, 8), (8, 8)], [1.0], budget=0.1)
-    with pytest.raises(UsageError, match="which `least` alone needs"):
+    with pytest.raises(UsageError, match="which what is trained beside, `least` and `beta` need"):
         ranks([(80, 80)], [1.0], budget=0.1, least=0.4)
     with pytest.raises(ValidationError, match="a contribution is not negative"):
         ranks([(8, 8)], [-1.0], budget=0.1)
@@ -89,3 +89,26 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({"s0": 0.5}))
     made = ContributionRank.model_validate({"contribution": {"scores": str(file), "budget": 0.1}})
     assert made.contribution.scores == {"s0": 0.5}
+
+
+def test_beta_is_the_share_of_a_layer_that_contributes_nothing() -> None:
+    shapes = [(60, 40)] * 3
+    size, one = 2400, 100
+    assert ranks(shapes, [0.0, 0.0, 0.0], budget=0.5, beta=0.25) == [round(0.25 * size / one)] * 3
+    found = ranks(shapes, [1.0, 0.5, 0.0], budget=0.3, beta=0.125)
+    assert found[2] == 3
+    assert found[0] - 3 == pytest.approx(2 * (found[1] - 3), abs=2)
+    assert 0.3 * 3 * size - one < spent(shapes, found) <= 0.3 * 3 * size
+    assert ranks(shapes, [1.0, 0.5, 0.1], budget=0.5, beta=-0.1, most=0.4)[2] < ranks(shapes, [1.0, 0.5, 0.1], budget=0.5)[2]
+    with pytest.raises(UsageError, match=r"at least 0\.25, which what is trained beside, `least` and `beta` need"):
+        ranks(shapes, [1.0, 0.5, 0.0], budget=0.1, beta=0.25)
+
+
+def test_the_budget_covers_what_is_trained_beside_the_products() -> None:
+    shapes = [(60, 40)] * 3
+    plain, beside = (ranks(shapes, [1.0, 0.5, 0.2], budget=0.1, beside=numbers) for numbers in (0, 300))
+    assert spent(shapes, plain) == 700
+    assert spent(shapes, beside) == 400
+    assert ranks(shapes, [1.0, 0.5, 0.2], budget=0.1, beside=720) == [0, 0, 0]
+    with pytest.raises(UsageError, match=r"at least 0\.1001"):
+        ranks(shapes, [1.0, 0.5, 0.2], budget=0.1, beside=721)
