@@ -1,8 +1,10 @@
 """factorize on experts: 3-D weights of `torch.bmm`, whole or selected by index, in both views."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -167,3 +169,17 @@ def test_a_map_in_the_place_of_a_tensor_is_multiplied_and_nothing_else(compiled:
     bank: Any = compiled(model, inputs=inputs, calibration=items, solver="svd", rank=4).graft().bank
     with pytest.raises(TypeError, match="not read by `sum`"):
         torch.sum(bank)
+
+
+@pytest.mark.slow
+def test_saved_and_as_an_onnx_file_it_computes_the_same(tmp_path: Path) -> None:
+    model, inputs, _ = banks()
+    factorized = {"type": "factorize", "targets": ["up", "down"], "solver": "svd", "rank": 3}
+    done = lrc.compile(model, {"version": 1, "passes": [factorized]}, inputs=inputs, cache=tmp_path / "cache")
+    expected = done.module(inputs["x"])
+    done.save(tmp_path / "out")
+    torch.testing.assert_close(lrc.load(tmp_path / "out")(**inputs)["output"], expected)
+    done.to_onnx(tmp_path / "banks.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "banks.onnx")
+    (found,) = session.run(None, {"x": inputs["x"].numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected.detach(), atol=1e-5, rtol=1e-5)
