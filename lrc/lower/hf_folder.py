@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lrc.errors import LowerError
 from lrc.lower.base import ExportOptions, Written, exporter
+from lrc.lower.stock_sizes import stock_of_sizes
 from lrc.maps import Chain, Conv, Dense, Lookup, SharedLookup
 from lrc.program import Program
 from lrc.program.checks import need_transformers
@@ -35,6 +36,7 @@ class HfExport(ExportOptions):
 def export_hf(program: Program, folder: Path, options: HfExport) -> Written:
     """Write the folder: `config.json` with `model_type: lrc_<base>`, safetensors, tokenizer and sidecar files.
 
+    A model of single weights keeps its own type: merged, or pruned to sizes that its own config can say.
     Raises LowerError for a program that did not come from a transformers model.
     """
     model: Any = graft(program)
@@ -44,8 +46,7 @@ def export_hf(program: Program, folder: Path, options: HfExport) -> Written:
             message="only transformers models have a Hugging Face folder",
             hint="Export `format: pt2` instead",
         )
-    stock = put_stock_modules(program, model)
-    notes = [] if stock else [*separate_shared_maps(program, model), *give_own_memory(program, model)]
+    model, notes, stock = as_stored(program, model)
     with Quiet(need_transformers()):
         model.save_pretrained(folder)
     write_config(program, folder / "config.json", stock=stock)
@@ -54,32 +55,47 @@ def export_hf(program: Program, folder: Path, options: HfExport) -> Written:
     return Written("config.json", tuple(notes))
 
 
-def put_stock_modules(program: Program, model: nn.Module) -> bool:
-    """Put the model's own kind of module back at every site, with the map's weight, where all maps are one weight each.
+def as_stored(program: Program, model: nn.Module) -> tuple[Any, list[str], bool]:
+    """Return the model that is written for a grafted one, notes on it, and whether its folder is a stock one."""
+    made, notes = stock_modules(program, model), []
+    if made is not None:
+        resized = any(new.weight.shape != old.shape for new, old in made.values())
+        twin = share(model) if resized else model
+        for name, (module, _) in made.items():
+            twin.set_submodule(name, module)
+        if not resized:
+            return twin, [], True
+        stock, note = stock_of_sizes(program, twin)
+        if stock is not None:
+            return stock, [note], True
+        notes = [f"the folder needs lrc to load: {note}"]
+    return model, [*notes, *separate_shared_maps(program, model), *give_own_memory(program, model)], False
 
-    Returns whether that was so: then the folder is a stock one. What was merged needs nothing of ours to load.
+
+def stock_modules(program: Program, model: nn.Module) -> dict[str, tuple[Any, Tensor]] | None:
+    """Return the model's own kind of module for every site, with the map's weight, where all maps are one weight each.
+
+    With each comes the weight that it had. Of these alone the folder is a stock one: what was merged needs nothing of ours.
     """
     source = program.origin.model
     if source is None or "lrc" in getattr(model.config, "to_dict", dict)():
-        return False
-    made: dict[str, nn.Module] = {}
+        return None
+    made: dict[str, tuple[Any, Tensor]] = {}
     for fqn in program.maps:
         site = program.sites[fqn]
         for name, held in program.placed(fqn).items():
             old: Any = source.get_submodule(name)
             if not isinstance(held, Dense | Conv | Lookup) or (held.bias is None) != (getattr(old, "bias", None) is None):
-                return False
+                return None
             weight = held.weight.T.contiguous() if site.transposed else held.weight
-            if weight.shape != old.weight.shape:
-                return False
+            if weight.shape != old.weight.shape and (weight.ndim != old.weight.ndim or program.modules or program.idle):
+                return None
             new = share(old)
             new.weight = nn.Parameter(weight.detach())
             if held.bias is not None:
                 new.bias = nn.Parameter(held.bias.detach())
-            made[name] = new.train(old.training)
-    for name, module in made.items():
-        model.set_submodule(name, module)
-    return True
+            made[name] = new.train(old.training), old.weight
+    return made
 
 
 def write_config(program: Program, path: Path, *, stock: bool = False) -> None:

@@ -9,6 +9,8 @@ from lrc.maps.codebook import Codebook, code_bits
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain, Geometry
 from lrc.maps.dropout import Dropout
+from lrc.maps.expert_layout import Banks
+from lrc.maps.experts import Experts
 from lrc.maps.fold import fold
 from lrc.maps.gate import Gate
 from lrc.maps.kernels import computed_by
@@ -39,6 +41,7 @@ __all__ = [
     "Affine",
     "Bag",
     "Bags",
+    "Banks",
     "Blocks",
     "Bottleneck",
     "Chain",
@@ -50,6 +53,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Dropout",
+    "Experts",
     "Factors",
     "Folded",
     "Gate",

@@ -7,6 +7,7 @@ from torch import Tensor
 from lrc.maps.base import LinearMap
 from lrc.maps.composites import Composite
 from lrc.maps.conv import Conv, ConvChain, Geometry
+from lrc.maps.experts import Experts
 from lrc.maps.leaves import Dense
 from lrc.maps.lookup import Lookup, lookup_of
 from lrc.maps.segments import Segments
@@ -24,6 +25,8 @@ def fold(made: LinearMap) -> LinearMap:
         return made
     if isinstance(made, ConvChain):
         return made.folded()
+    if isinstance(made, Experts):
+        return Experts([made.dense().weight.reshape(made.count, -1, made.in_features)], transposed=made.transposed)
     return alike(made, *made.dense())
 
 

@@ -14,6 +14,7 @@ from lrc.maps.codebook import Codebook
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain
 from lrc.maps.dropout import Dropout
+from lrc.maps.experts import Experts
 from lrc.maps.gate import Gate
 from lrc.maps.kronecker import Kronecker
 from lrc.maps.leaves import Dense, Diagonal, Permutation
@@ -34,7 +35,7 @@ from lrc.maps.tucker import Tucker
 KINDS: tuple[type[LinearMap], ...] = (
     Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, Quantized, Sparse,
     SparseLowRank, Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm,
-    SharedLookup, Codebook, Segments, Scalar,
+    SharedLookup, Experts, Codebook, Segments, Scalar,
 )  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 

@@ -16,7 +16,7 @@ from lrc.measure.cotangents import Fisher, cotangent
 from lrc.measure.joint import joint_moments, refuse_samples
 from lrc.measure.samples import SampleSums
 from lrc.measure.stored import load_moments, store_moments
-from lrc.measure.sums import Source, accumulator, add_piece, output_sums, source
+from lrc.measure.sums import Source, accumulator, add_output, add_piece, output_sums, source
 from lrc.measure.taps import (
     Piece,
     Tap,
@@ -209,11 +209,12 @@ class Walk(fx.Interpreter):
     def _add_gradient(self, tap: Tap, rows: Tensor, weight: float) -> None:
         if tap.gives not in self.outputs:
             return
-        self.outputs[tap.gives].add(rows, weight)
+        pieces = partial(self._pieces, tap, self.read[tap.reads] if tap.context else self.seen[tap.reads])
+        add_output(self.outputs[tap.gives], rows, weight, pieces)
         if tap.gives not in self.weighted:
             return
         squares = rows.float().square().sum(1)
-        for piece in self._pieces(tap, self.read[tap.reads] if tap.context else self.seen[tap.reads]):
+        for piece in pieces():
             add_piece(self.weighted[tap.gives], piece, weight, squares)
 
     def moments(self) -> dict[str, Moments]:

@@ -77,7 +77,8 @@ class Lockstep:
         on its first use.
         """
         tap = taps_of(self.dense, fqn)[0]
-        if tap.layout.looked_up or self.dense.sites[fqn].looped:  # no index changes; states are known once the loop has run
+        apart = tap.layout.kind == "experts" or self.dense.sites[fqn].looped  # routes differ; states are known after the loop
+        if tap.layout.looked_up or apart:  # no index changes
             return dense_moments
         key = (tap.reads.name, tap.layout)
         if key not in self._seen:

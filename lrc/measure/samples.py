@@ -218,8 +218,8 @@ def reads_of(taps: Sequence[Tap]) -> tuple[Source, ...]:
 
 
 def refuse_bags(fqn: str, kind: str) -> None:
-    """Raise SiteError for a site that reads bags, which have no rows of one sample each."""
-    if kind == "embedding_bag":
+    """Raise SiteError for a site that reads bags, or rows of experts, which do not tell their samples."""
+    if kind in ("embedding_bag", "experts"):
         raise SiteError(
             fqn,
             expected="a linear, a convolution or an embedding, for a solver that measures samples one by one",

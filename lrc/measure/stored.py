@@ -58,7 +58,7 @@ def _unpacked(entry: Mapping[str, Tensor], names: Sequence[str], site: Site) -> 
         if name in entry:
             features = site.out_features if name == "fisher" else site.in_features
             apart = site.layout.looked_up or site.layout.groups > 1  # counts; groups have one matrix each
-            packed = name in SYMMETRIC and not (site.joint if name == "fisher" else apart)
+            packed = name in SYMMETRIC and not (site.joint or site.kind == "experts" if name == "fisher" else apart)
             made[name] = unpack_symmetric(entry[name], features) if packed else entry[name]
     return made
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from lrc.errors import SiteError
-from lrc.maps import Bags, Layout
+from lrc.maps import Bags, Banks, Layout
 from lrc.maps.bag import Entries
 from lrc.program import Program, Site
 from lrc.program.sites import Use
@@ -36,12 +36,13 @@ class Tap:
 class Piece:
     """Rows of what a site reads, (rows, in_features), and which rows of all that it gives they belong to.
 
-    entries: in place of rows, those of sparse ones.
+    entries: in place of rows, those of sparse ones. owners: the expert of every row.
     """
 
     rows: Tensor
     place: slice
     entries: Entries | None = None
+    owners: Tensor | None = None
 
 
 def taps_of(program: Program, fqn: str) -> tuple[Tap, ...]:
@@ -90,7 +91,7 @@ def tap_mask(
     tap: Tap, node: fx.Node, value: Tensor, masks: Mapping[str, Tensor], shapes: Mapping[str, Tensor]
 ) -> Tensor | None:
     """Return the `row_mask` of what a tap reads, or gives; pixels are no padding, and bags count all that they read."""
-    if tap.layout.kind in ("conv", "embedding_bag"):
+    if tap.layout.kind in ("conv", "embedding_bag", "experts"):
         return None
     return row_mask(node, value, masks, shapes, whole=tap.layout.looked_up and node is tap.reads)
 
@@ -143,6 +144,10 @@ def pieces(
     if isinstance(layout, Bags):
         entries = layout.entries(value, features, context or {})
         yield Piece(value, slice(0, entries.number), entries)
+        return
+    if isinstance(layout, Banks):
+        rows = rows_of(value, None)
+        yield Piece(rows, slice(0, len(rows)), owners=layout.owners(value, context or {}))
         return
     if layout.kind != "conv":
         rows = rows_of(layout.inputs(value), mask)

@@ -77,6 +77,11 @@ def shapes_per_use(program: Program, site: Site, shapes: Shapes) -> tuple[tuple[
             site.fqn, message="its time is that of a loop, step by step", hint="Choose a budget of parameters, size or FLOPs, "
             "or ignore the site",
         )  # fmt: skip
+    if site.kind == "experts":
+        raise SiteError(
+            site.fqn, message="its time depends on how many rows each expert gets",
+            hint="Choose a budget of parameters or size",
+        )  # fmt: skip
     if any(use.context for use in site.uses):
         raise SiteError(
             site.fqn, message="its time depends on how large the bags are", hint="Choose a budget of parameters or size",

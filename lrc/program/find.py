@@ -8,12 +8,13 @@ from torch import Tensor, fx
 from lrc.maps import Rows
 from lrc.program.bags import match_bag
 from lrc.program.convs import match_conv
+from lrc.program.experts import match_experts
 from lrc.program.linears import match_linear
 from lrc.program.lookups import match_lookup
 from lrc.program.products import FLIPS, PASSES, Product, stored
 from lrc.program.recurrences import nodes_inside
 
-MATCHERS = (match_linear, match_conv, match_lookup, match_bag)
+MATCHERS = (match_linear, match_conv, match_lookup, match_bag, match_experts)
 
 
 def find_products(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> list[Product]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lrc.maps import LinearMap
+from lrc.maps import Experts, LinearMap
 from lrc.program.attention import MappedAttention
 from lrc.program.recurrent_modules import MappedGRU, MappedLSTM, MappedRNN
 
@@ -17,11 +17,13 @@ MAPPED = (MappedAttention, MappedLSTM, MappedGRU, MappedRNN)
 
 def owned(model: nn.Module, fqn: str) -> bool:
     """Say whether the module above a name is one that is replaced as a whole."""
-    owner = fqn.rpartition(".")[0]
+    owner, _, name = fqn.rpartition(".")
     try:
         parent = model.get_submodule(owner)
     except AttributeError:
         return False
+    if _is_bank(parent, name):
+        return True
     return bool(owner) and (type(parent) in OWNERS or isinstance(parent, MAPPED))
 
 
@@ -37,9 +39,19 @@ def place(model: nn.Module, fqn: str, made: nn.Module) -> None:
         model.set_submodule(fqn, made)
         return
     parent: Any = model.get_submodule(owner)
+    if isinstance(made, Experts):
+        parent._parameters.pop(name, None)
+        parent.add_module(name, made.train(parent.training))
+        return
     if not isinstance(parent, MAPPED):
         parent = OWNERS[type(parent)](parent)
         model.set_submodule(owner, parent)
     assert isinstance(made, LinearMap), "a weight's place takes a map"
     made.train(parent.training)
     parent.put(name, made)
+
+
+def _is_bank(parent: nn.Module, name: str) -> bool:
+    """Say whether a module holds matrices of experts under a name, as a tensor or as a map."""
+    held: Any = parent._parameters.get(name)
+    return isinstance(parent._modules.get(name), Experts) or (held is not None and held.ndim == 3)

@@ -22,6 +22,7 @@ TYPES = {
     "conv": "Conv",
     "embedding": "Embedding",
     "embedding_bag": "EmbeddingBag",
+    "experts": "Experts",
 }  # of a site whose module nobody named
 
 
@@ -125,7 +126,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """What the weight is: `linear`, `conv`, `embedding` or `embedding_bag`."""
+        """What the weight is: `linear`, `conv`, `embedding`, `embedding_bag` or `experts`."""
         return self.layout.kind
 
     @property
@@ -269,6 +270,8 @@ def _owner(product: Product, aliases: Sequence[str], busy: Set[str | None]) -> t
     Where the module that was running does not own the weight (a functional call on a parameter), or does more than this
     product, the weight's own place is the name.
     """
+    if product.layout.kind == "experts":
+        return aliases[0], TYPES["experts"], False
     running, kind = _running(product.node)
     own = f"{running}.weight"
     if running is not None and own in aliases:

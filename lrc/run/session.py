@@ -213,6 +213,10 @@ class Session:
             where = f"{site.fqn}: {error.where}"
             raise SolverError(where, expected=error.expected, got=error.got, hint=error.hint, message=error.message) from error
         assert isinstance(found, Decomposition)
+        if site.kind == "experts" and (found.bias is not None or found.mean is not None):
+            raise SolverError(
+                site.fqn, message="experts have no bias that could carry a mean", hint="Set `center: false` in the solver",
+            )  # fmt: skip
         return found
 
 

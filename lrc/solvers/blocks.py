@@ -24,7 +24,8 @@ def solve_blocks(
     """Return the terms of all blocks: term i is term i of every block, and loses what these lose together.
 
     weight: (out_features, in_features), group after group, in_features those of one group. moments: those of inputs with a
-    leading dimension of groups, `fisher` of all outputs, of which the blocks on the diagonal count. max_rank: of a block.
+    leading dimension of groups, `fisher` of all outputs, of which the blocks on the diagonal count,
+    or those blocks stacked. max_rank: of a block.
     In the result A is (rank, groups, in_features) and mean (groups, in_features). Raises what the solver raises.
     """
     weights = weight.chunk(groups)
@@ -40,7 +41,7 @@ def of_groups(moments: Moments, groups: int) -> Iterator[Moments]:
         own = replace(moments, **{name: value[group] for name, value in measured.items()})
         if moments.fisher is not None:
             rows = slice(group * len(moments.fisher) // groups, (group + 1) * len(moments.fisher) // groups)
-            own = replace(own, fisher=moments.fisher[rows, rows])
+            own = replace(own, fisher=moments.fisher[group] if moments.fisher.ndim == 3 else moments.fisher[rows, rows])
         if moments.weight_fisher is not None:
             own = replace(own, weight_fisher=moments.weight_fisher.chunk(groups)[group])
         yield own

@@ -75,16 +75,23 @@ def _choices(kinds: Sequence[Kind]) -> Iterator[tuple[Kind, ...]]:
             yield from combinations(kinds, count)
 
 
-@torch.no_grad()
 def _agrees(program: Program) -> bool:
     """Say whether the user's modules do with the program's maps what the graph does."""
+    try:
+        model = graft(program).eval()
+    except LrcError:
+        return True  # there are other reasons why it has no place there, which are told elsewhere
+    return same_outputs(program, model)
+
+
+@torch.no_grad()
+def same_outputs(program: Program, model: nn.Module) -> bool:
+    """Say whether a module does with a program's example inputs what its graph does."""
     inputs = dict(program.inputs.examples)
     fixed = {name: value for name, value in program.calling.baked.items() if value is not None and name not in inputs}
     expected = list(program(**inputs).values())
     try:
-        answer: Any = graft(program).eval()(**_as_called(program, inputs), **fixed)
-    except LrcError:
-        return True  # there are other reasons why it has no place there, which are told elsewhere
+        answer: Any = model(**_as_called(program, inputs), **fixed)
     except Exception:  # a user's own code may raise anything
         return False
     found = [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, Tensor)]
