@@ -136,3 +136,24 @@ def test_a_shared_rule_survives_a_folder(bert: Path, in_tmp: Path, checked_here:
     done = tiny.compile_to_folder(bert, spec, output="out")
     done.raise_on_failure()
     assert any(isinstance(part, Bottleneck) for part in lrc.load(Path("out")).modules())
+
+
+def test_fast_factors_are_one_pair_for_all_downs_and_one_for_all_ups_of_a_size() -> None:
+    it = case()
+    made = adapted(it, targets=["tall", "square", "wide"], **compacter(shared_fast=True))
+    tall, square, wide = (made.program.maps[fqn].adapter for fqn in ("tall", "square", "wide"))
+    for one, other, third in ((tall.down, square.down, wide.down), (tall.up, square.up, wide.up)):
+        assert one.S is other.S
+        assert one.T is other.T
+        assert one.bias is not other.bias
+        assert one.S is not third.S  # 8 features, not 20
+    assert tall.down.S is not tall.up.S
+    plain = sum(p.numel() for p in it.model.parameters())
+    biases = (20 + 4) + (20 + 4) + (8 + 4)
+    assert made.program.size()[0] == plain + 2 * (20 + 4) + 2 * (8 + 4) + biases + 2**3
+    assert distance(made.module(**it.inputs), it.model(**it.inputs)) < 1e-6
+    own = adapted(it, targets=["tall", "square"], **compacter(shared_fast=True, shared_rule=False, phm_rank=None))
+    one, other = (own.program.maps[fqn].adapter.down for fqn in ("tall", "square"))
+    assert one.S is other.S
+    assert one.C is not other.C
+    assert not one.T.requires_grad

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrc.initialisers import InitialiserOptions
 from lrc.maps import Bottleneck, Chain, Kronecker, LinearMap
@@ -29,6 +29,10 @@ class Compacter(AdapterOptions):
     reduction: int = Field(default=32, ge=1, description="Features over the width of the bottleneck.")
     phm_rank: int | None = Field(default=1, ge=1, description="Rank of the fast factors; null: full matrices (PHM adapters).")
     shared_rule: bool = Field(default=True, description="Whether all sites of the pass share one slow rule.")
+    shared_fast: bool = Field(
+        default=False,
+        description="Whether sites of one size share their fast factors: one pair for all downs, one for all ups.",
+    )
     rule_std: float | None = Field(
         default=None, gt=0, description="Standard deviation of the slow rule at the start: 1e-4 where it is shared, else 0.01."
     )
@@ -62,25 +66,31 @@ def compacter(place: Place, options: Compacter) -> LinearMap | Keep:
     rule = place.shared.get("rule") if options.shared_rule else None
     if rule is None:
         std = options.rule_std or (1e-4 if options.shared_rule else 0.01)
-        rule = torch.nn.Parameter(normal(place, options.n, options.n, options.n, std=std).to(place.site.dtype))
+        rule = nn.Parameter(normal(place, options.n, options.n, options.n, std=std).to(place.site.dtype))
         if options.shared_rule:
             place.shared["rule"] = rule
-    down, up = projection(place, rule, features, width, options), projection(place, rule, width, features, options)
+    down = projection(place, rule, features, width, options, "down")
+    up = projection(place, rule, width, features, options, "up")
     return Chain(Bottleneck(up, down, options.activation), biased_base(place, place.base()), names=("adapter", "base"))
 
 
-def projection(place: Place, rule: Tensor, in_features: int, out_features: int, options: Compacter) -> Kronecker:
+def projection(place: Place, rule: Tensor, in_features: int, out_features: int, options: Compacter, way: str) -> Kronecker:
     """Return a PHM layer with a bias of zeros; its fast factors start uniform in ±sqrt(2) sqrt(6 / (rows + columns))."""
-    n, dtype = options.n, place.site.dtype
-    rows, columns = in_features // n, out_features // n
-    if options.phm_rank is None:
-        left, right = glorot(place, n, rows, columns), torch.eye(columns).expand(n, -1, -1).contiguous()
-    else:
-        left, right = glorot(place, n, rows, options.phm_rank), glorot(place, n, options.phm_rank, columns)
-    made = Kronecker(rule, left.to(dtype), right.to(dtype), torch.zeros(out_features, dtype=dtype))
-    if options.phm_rank is None:
-        made.T.requires_grad_(False)
-    return made
+    name = f"fast {way} {in_features} {out_features}"
+    left, right = place.shared.get(name) or fast(place, in_features // options.n, out_features // options.n, options)
+    if options.shared_fast:
+        place.shared[name] = left, right
+    return Kronecker(rule, left, right, torch.zeros(out_features, dtype=place.site.dtype))
+
+
+def fast(place: Place, rows: int, columns: int, options: Compacter) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return S (n, rows, rank) and T (n, rank, columns); of full rank T is the identity, and not trained."""
+    n, rank, dtype = options.n, options.phm_rank, place.site.dtype
+    if rank is None:
+        eye = torch.eye(columns, dtype=dtype).expand(n, -1, -1).contiguous()
+        return nn.Parameter(glorot(place, n, rows, columns).to(dtype)), nn.Parameter(eye, requires_grad=False)
+    left, right = glorot(place, n, rows, rank), glorot(place, n, rank, columns)
+    return nn.Parameter(left.to(dtype)), nn.Parameter(right.to(dtype))
 
 
 def glorot(place: Place, n: int, rows: int, columns: int) -> Tensor:
