@@ -142,7 +142,7 @@ def test_inputs_rounded_to_a_few_bits_count_for_one_of_the_two_runs() -> None:
 
 
 def test_packed_weights_count_as_the_matrices_that_they_stand_for() -> None:
-    program = captured_mlp()
+    program = captured_mlp().clone()
     before = Numerics.of_program(program)
     fqn = next(iter(program.sites))
     program.replace(fqn, Quantized.of(program.map_of(fqn).dense().weight, FORMATS["int8"], program.map_of(fqn).dense().bias))
