@@ -1,6 +1,6 @@
 """Time and peak memory of inserting every adapter method in MiniLM and of one training step, beside PEFT where it can.
 
-    python tests/benchmarks/bench_adapters.py [--methods lora dora …] [--rounds 5] [--rank 8] [--batch 8] [--length 32] [--json]
+    python tests/benchmarks/bench_adapters.py [--methods lora dora …] [--rounds 15] [--rank 8] [--batch 8] [--length 32] [--json]
 
 Insertion is timed from a captured program to a module that can be trained (ours: `lrc.compile(program, spec).module`, which
 leaves the program as it was) and from a loaded model to one that can be trained (PEFT: `get_peft_model(model, config)`, which
@@ -224,8 +224,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=methods())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of CPU, at most, for the rounds of one measurement")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of CPU, at most, for the rounds of one measurement")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=32)
