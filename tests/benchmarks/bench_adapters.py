@@ -1,6 +1,6 @@
 """Time and peak memory of inserting every adapter method in MiniLM and of one training step, beside PEFT where it can.
 
-    python tests/benchmarks/bench_adapters.py [--methods lora dora …] [--rounds 15] [--rank 8] [--batch 8] [--length 32] [--json]
+    python tests/benchmarks/bench_adapters.py [--methods lora dora …] [--rounds 15] [--rank 8] [--batch 8] [--length 32]
 
 Insertion is timed from a captured program to a module that can be trained (ours: `lrc.compile(program, spec).module`, which
 leaves the program as it was) and from a loaded model to one that can be trained (PEFT: `get_peft_model(model, config)`, which
