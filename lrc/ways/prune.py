@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from lrc.maps import LinearMap, Sparse
+from lrc.solvers.base import Moments
+from lrc.solvers.scores import wanda
 from lrc.solvers.splits.support import Pattern, density_of, stored_as, strongest
 from lrc.ways.base import Target, Variant, WayOptions, way
 from lrc.ways.factorize import Share
@@ -35,10 +37,7 @@ class Pruned(Variant):
 
 @way(PruneWay)
 def prune(target: Target, variant: Pruned) -> LinearMap:
-    """Return the entries of the largest |W_ij| d_j, d the root mean square of every input.
-
-    Source: Sun et al. (2024), Wanda, arXiv:2306.11695.
-    """
-    scores = target.weight.abs() * target.gram.diagonal().clamp(min=0).sqrt()
+    """Return the entries of the largest scores by Wanda."""
+    scores = wanda(target.weight, Moments(gram=target.gram), None)
     support = strongest(scores, variant.pattern, variant.density)
     return Sparse.of(target.weight.to(target.dtype), support, pattern=stored_as(variant.pattern))
