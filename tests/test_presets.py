@@ -54,6 +54,12 @@ def nonnegative_llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder with experts."""
+    return tiny.write_mixtral(tmp_path_factory.mktemp("mixtral"))
+
+
 def needs_of(name: str) -> set[str]:
     """The solvers that a preset names."""
     text = (resources.files("lrc_specs") / f"{name}.yaml").read_text(encoding="utf-8")
@@ -102,11 +108,14 @@ def test_a_preset_adapts_a_tiny_model(name: str, llama: Path, data: Path) -> Non
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
-def test_a_preset_compiles_a_tiny_model(name: str, bert: Path, llama: Path, nonnegative_llama: Path, data: Path) -> None:
+def test_a_preset_compiles_a_tiny_model(
+    name: str, bert: Path, llama: Path, nonnegative_llama: Path, mixtral: Path, data: Path
+) -> None:
     absent = needs_of(name) - SOLVER_NAMES - SPLITTER_NAMES
     if absent:
         pytest.skip(f"skipped: the solver {', '.join(sorted(absent))} is not there yet")
-    model = captured(bert if "onnx" in name else nonnegative_llama if name == "nmf" else llama)
+    others = {"nmf": nonnegative_llama, "experts": mixtral}
+    model = captured(bert if "onnx" in name else others.get(name, llama))
     overrides = {  # for a tiny model
         "lord": ["passes.0.round_to=8"],
         "lr2vq": ["passes.0.solver.m=4", "passes.0.rank=2", "passes.1.recipe.k=4"],

@@ -136,6 +136,18 @@ def write_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float
     return save(LlamaForCausalLM(LlamaConfig(**(given | config))), folder, seed, dtype)
 
 
+def write_mixtral(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """Save a decoder of one layer with four experts, with its tokenizer."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    given = {
+        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "max_position_embeddings": POSITIONS, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
+    }  # fmt: skip
+    return save(MixtralForCausalLM(MixtralConfig(**(given | config))), folder, seed, dtype)
+
+
 def write_gpt2(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
     """Save a decoder of one layer with transposed weights, a fused qkv and a head tied to the embedding."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -15,6 +15,7 @@ from lrc.errors import LowerError, LrcError, UsageError
 from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.lower.decoder import CachedDecoder, wants_cache
 from lrc.lower.onnx_adapters import BESIDE, ListedInputs, WithAdapters, adapter_tensors, save_beside
+from lrc.lower.onnx_experts import expert_translations
 from lrc.lower.onnx_packed import PackedNodes
 from lrc.lower.transposes import share_transposes
 from lrc.maps import computed_by
@@ -131,7 +132,9 @@ def lowered(program: Program, cached: bool, opset: int, as_inputs: bool = False)
         if as_inputs:
             module, given = with_adapters(program, module, given)
         with torch.no_grad(), quiet_exporter():
-            made = torch.onnx.export(module, dynamo=True, verbose=False, opset_version=opset, **given)
+            made = torch.onnx.export(
+                module, dynamo=True, verbose=False, opset_version=opset, custom_translation_table=expert_translations(), **given
+            )
     except LrcError:
         raise
     except Exception as error:  # the exporter raises what its passes raise

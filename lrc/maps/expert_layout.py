@@ -52,6 +52,8 @@ class Banks(Rows):
         """Return the expert of every row that a site reads, (rows,); context: see `Experts.forward`."""
         if "ids" in context:
             return context["ids"].reshape(-1)
+        if "offs" in context:
+            return torch.searchsorted(context["offs"].long(), torch.arange(len(value), device=value.device), right=True)
         return torch.arange(self.experts, device=value.device).repeat_interleave(value.shape[1])
 
     def obstacle(self) -> str | None:

@@ -5,11 +5,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from lrc.kernels import grouped_linear
 from lrc.maps.base import Affine, Cost, LinearMap, Structure, as_parameter, exact_bias
 from lrc.maps.composites import chain_names
 
 PRODUCTS = {torch.bmm, torch.matmul}
+GROUPED = ("grouped_mm_fallback", "_grouped_mm")  # of transformers, of torch
 
 
 class Experts(LinearMap):
@@ -17,7 +20,7 @@ class Experts(LinearMap):
 
     It stands for the matrices of all experts one below the other, (experts * out_features of one, in_features). transposed:
     the tensor in whose place it stands has (experts, in_features, out_features); in the user's module the map acts as that
-    tensor where it is multiplied (`torch.bmm`, `@`), selected by index and multiplied.
+    tensor where it is multiplied (`torch.bmm`, `@`, `grouped_mm`), selected by index and multiplied.
     """
 
     word: ClassVar[str] = "experts"
@@ -36,11 +39,23 @@ class Experts(LinearMap):
         """The factors, the one that is applied last first."""
         return tuple(getattr(self, name) for name in self.names)
 
-    def forward(self, x: Tensor, ids: Tensor | None = None, **context: Any) -> Tensor:
-        """Apply to (experts, rows, in_features), or to rows (rows, in_features) of the experts `ids` (rows,)."""
+    @property
+    def device(self) -> torch.device:
+        """The device of the factors: code that multiplies by a tensor asks for it."""
+        return self.factors[0].device
+
+    def forward(self, x: Tensor, ids: Tensor | None = None, offs: Tensor | None = None, **context: Any) -> Tensor:
+        """Apply to (experts, rows, in_features), or to rows (rows, in_features) of the experts that `ids` or `offs` tell.
+
+        ids: (rows,), the expert of each row, or () of all of them; offs: (experts,), where the rows of each end.
+        """
         for factor in reversed(self.factors):
-            every = ids is None
-            x = torch.bmm(x, factor.transpose(1, 2)) if every else torch.bmm(factor[ids], x.unsqueeze(-1)).squeeze(-1)
+            if offs is not None:
+                x = grouped_linear(x.to(factor.dtype), factor, offs)
+            elif ids is None:
+                x = torch.bmm(x, factor.transpose(1, 2))
+            else:
+                x = F.linear(x, factor[ids]) if ids.ndim == 0 else torch.bmm(factor[ids], x.unsqueeze(-1)).squeeze(-1)
         return x
 
     def exact(self) -> Affine:
@@ -93,6 +108,16 @@ class View:
     def __init__(self, made: Experts, ids: Tensor | None, turned: bool) -> None:
         self.made, self.ids, self.turned = made, ids, turned
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.made.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the factors."""
+        return self.made.device
+
     def transpose(self, first: int, second: int) -> "View":
         """Return it with its matrices transposed."""
         if {first % 3, second % 3} != {1, 2}:
@@ -105,20 +130,35 @@ class View:
             raise TypeError("the matrices of experts that are factors are multiplied on the side of their inputs alone")
         if self.ids is None:
             return self.made(x) if before else self.made(x.transpose(1, 2)).transpose(1, 2)
+        if self.ids.ndim == 0:
+            return self.made(x, ids=self.ids) if before else self.made(x.mT, ids=self.ids).mT
         row = 1 if before else 2
         return self.made(x.squeeze(row), ids=self.ids).unsqueeze(row)
+
+    def grouped(self, x: Tensor, offs: Tensor) -> Any:
+        """Return x, rows sorted by expert, times the matrix of each; offs: where the rows of every expert end."""
+        if not self.turned or self.ids is not None:
+            raise TypeError("the matrices of experts that are factors are multiplied on the side of their inputs alone")
+        return self.made(x, offs=offs)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Multiply. Raises TypeError for any other function."""
-        if func in PRODUCTS and len(args) == 2 and not kwargs:
+        given = {name: value for name, value in (kwargs or {}).items() if value is not None}
+        name = getattr(func, "__name__", str(func))
+        if name.split(".")[0] in GROUPED and isinstance(args[1], View):
+            offs = args[2] if len(args) > 2 else given.pop("offs", None)
+            if offs is not None and not given and len(args) < 4:
+                return args[1].grouped(args[0], offs)
+        elif func is F.linear and len(args) == 2 and not given and isinstance(args[1], View):
+            return args[1].transpose(1, 2).times(args[0], before=True)
+        elif func in PRODUCTS and len(args) == 2 and not given:
             left, right = args
             if isinstance(right, View):
                 return right.times(left, before=True)
             if isinstance(left, View):
                 return left.times(right, before=False)
-        name = getattr(func, "__name__", str(func))
-        raise TypeError(f"experts that are factors are multiplied by `torch.bmm` alone, not read by `{name}`")
+        raise TypeError(f"experts that are factors are multiplied alone, not read by `{name}`")
 
 
 def _product(factors: Sequence[Tensor]) -> Tensor:

@@ -11,14 +11,22 @@ from lrc.program.products import Product, stored
 
 aten = torch.ops.aten
 PRODUCTS = {aten.bmm.default, aten.matmul.default}
+GROUPED = {  # whether the matrices are (in_features, out_features)
+    "transformers.grouped_mm_fallback.default": True,
+    "aten._grouped_mm.default": True,
+    "lrc.grouped_linear.default": False,
+}
 TURNS = ((1, 2), (2, 1), (-1, -2), (-2, -1))
 
 
 def match_experts(node: fx.Node, tensors: Mapping[str, Tensor]) -> Product | None:
     """Return the product with a stored tensor (experts, …, …) that `node` gives, or None.
 
-    bmm(x, weight), all experts at once; or squeeze(bmm(weight[ids], unsqueeze(x))), a row for each of `ids`.
+    bmm(x, weight), all experts at once; squeeze(bmm(weight[ids], unsqueeze(x))), a row for each of `ids`; or
+    grouped_mm(x, weight, offs), rows sorted by their experts.
     """
+    if str(node.target) in GROUPED:
+        return _grouped(node, tensors)
     if node.target in PRODUCTS:
         x: Any = node.args[0]
         weight: Any = node.args[1]
@@ -29,6 +37,19 @@ def match_experts(node: fx.Node, tensors: Mapping[str, Tensor]) -> Product | Non
         layout = Banks(transposed=not turned, experts=len(tensors[name]))
         return Product(node, x, name, None, layout)
     return _selected(node, tensors) if node.target == aten.squeeze.dim else None
+
+
+def _grouped(node: fx.Node, tensors: Mapping[str, Tensor]) -> Product | None:
+    x, weight, *rest = node.args
+    given = [*rest, *(value for value in node.kwargs.values() if value is not None)]
+    source = _stored(weight, tensors)
+    if source is None or not _is_value(x, 2) or len(given) != 1 or not _is_value(given[0], 1):
+        return None
+    name, turned = source
+    assert isinstance(x, fx.Node)
+    assert isinstance(given[0], fx.Node)
+    layout = Banks(transposed=turned != GROUPED[str(node.target)], experts=len(tensors[name]))
+    return Product(node, x, name, None, layout, {"offs": given[0]})
 
 
 def _selected(node: fx.Node, tensors: Mapping[str, Tensor]) -> Product | None:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from lrc.maps import LinearMap
 from lrc.maps.recurrence import Recurrence, recur
 from lrc.program import Program
+from lrc.program.experts import GROUPED
 from lrc.program.recurrences import KINDS
 
 aten = torch.ops.aten
@@ -52,7 +53,7 @@ class _Counter(fx.Interpreter):
             self.flops += 2 * value.numel() * args[1][0].numel()
         elif target == aten.addmm.default:
             self.flops += 2 * value.numel() * args[1].shape[-1]
-        elif target in (aten.mm.default, aten.bmm.default, aten.matmul.default):
+        elif target in (aten.mm.default, aten.bmm.default, aten.matmul.default) or str(target) in GROUPED:
             self.flops += 2 * value.numel() * args[0].shape[-1]
         elif target == aten.scaled_dot_product_attention.default:
             query, key = args[0], args[1]

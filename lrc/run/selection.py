@@ -5,6 +5,7 @@ from typing import Any
 
 from lrc.errors import SiteError, UsageError
 from lrc.program import Program
+from lrc.program.routing import routes
 from lrc.run.session import Session
 from lrc.spec.patterns import Candidate, select
 
@@ -45,7 +46,9 @@ def select_sites(program: Program, session: Session, options: Any, index: int) -
 
 def _kept(program: Program, fqn: str, options: Any) -> str | None:
     """Return the reason why a site is out of the question for a pass, or None."""
-    return options.obstacle_at(program.sites[fqn]) or _tied(program, fqn, options)
+    site = program.sites[fqn]
+    router = "it chooses the experts of every row" if options.structural and routes(site) else None
+    return options.obstacle_at(site) or router or _tied(program, fqn, options)
 
 
 def _tied(program: Program, fqn: str, options: Any) -> str | None:

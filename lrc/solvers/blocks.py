@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from lrc.solvers.base import Decomposition, Moments, Solve, SolverOptions
+from lrc.solvers.svd import SvdSolver, svd
 
 OF_INPUTS = ("gram", "mean", "weighted_gram", "weighted_mean", "cross", "dense_mean", "magnitudes")  # one entry a group
+SHOWN = 8
 
 
 def solve_blocks(
@@ -27,11 +29,45 @@ def solve_blocks(
     leading dimension of groups, `fisher` of all outputs, of which the blocks on the diagonal count,
     or those blocks stacked. max_rank: of a block.
     In the result A is (rank, groups, in_features) and mean (groups, in_features). Raises what the solver raises.
+    A block that read nothing while calibrating (an expert that no row was sent to) gets the terms of its weight alone
+    (`svd`); it counts for nothing in the loss, and a note names it.
     """
     weights = weight.chunk(groups)
     biases: Sequence[Tensor | None] = [None] * groups if bias is None else bias.chunk(groups)
-    asked = zip(weights, biases, of_groups(moments, groups), strict=True)
-    return joined([solve(W, b, seen, max_rank, options, generator) for W, b, seen in asked])
+    unread = [place for place, seen in enumerate(of_groups(moments, groups)) if _reads_nothing(seen)]
+    unread = unread if len(unread) < groups else []  # then the solver itself says so
+    parts = []
+    for place, (W, b, seen) in enumerate(zip(weights, biases, of_groups(moments, groups), strict=True)):
+        if place in unread:
+            terms = svd(W, b, Moments(), max_rank, SvdSolver(), generator)
+            parts.append(replace(terms, scale=0.0))
+        else:
+            parts.append(solve(W, b, seen, max_rank, options, generator))
+    return _noted(joined(_alike(parts, unread)), unread, groups)
+
+
+def _reads_nothing(seen: Moments) -> bool:
+    return seen.gram is not None and not bool(seen.gram.any())
+
+
+def _alike(parts: Sequence[Decomposition], unread: Sequence[int]) -> list[Decomposition]:
+    """Return the parts with those of `unread` told in the unit of the others, and with a mean where the others have one."""
+    first = next(part for place, part in enumerate(parts) if place not in unread)
+    made = list(parts)
+    for place in unread:
+        own = replace(parts[place], unit=first.unit)
+        if first.mean is not None and first.target is not None:
+            own = replace(own, mean=torch.zeros_like(first.mean), target=torch.zeros_like(first.target))
+        made[place] = own
+    return made
+
+
+def _noted(made: Decomposition, unread: Sequence[int], groups: int) -> Decomposition:
+    if not unread:
+        return made
+    names = ", ".join(map(str, unread[:SHOWN])) + (", …" if len(unread) > SHOWN else "")
+    note = f"{len(unread)} of {groups} blocks (numbers {names}) read nothing in the calibration: by the SVD of their weights"
+    return replace(made, notes=(*made.notes, note))
 
 
 def of_groups(moments: Moments, groups: int) -> Iterator[Moments]:
