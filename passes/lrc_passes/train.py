@@ -226,6 +226,11 @@ def recipe_of(
     steps = max(1, batches // options.accumulate)
     about = Context(runs.program, runs.fqns, parameters, runs.gates, optimizer, settings.steps, steps, options.seed, own)
     made: Recipe = RECIPES.for_options(options.recipe)(about, options.recipe)
+    if options.per_layer and type(made).graded is not Recipe.graded:
+        raise UsageError(
+            "train", message=f"the recipe `{options.recipe.type}` looks at the gradients of a step, which `per_layer` frees",
+            hint="Set `per_layer: false`",
+        )  # fmt: skip
     return made
 
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 import lrc
 from lrc.api import Compiled, compile_to_folder
+from lrc.data import Request
 from lrc.errors import DataError, LrcError, SpecError, TrainError, UsageError
 from lrc.program import Program
 from lrc.run.prepare import prepare, replace_task
+from lrc.train.data import TrainData, load_examples
 
 FACTORIZE = {"type": "factorize", "targets": [LAYERS], "solver": "svd", "rank": {"fraction": 0.25}, "form": "two_factor"}
 SQUEEZE = {"type": "factorize", "solver": "svd", "rank": {"fraction": 0.25}, "form": "two_factor"}
@@ -339,7 +341,13 @@ def test_what_cannot_be_trained_is_refused_with_the_place_and_the_remedy(tmp_pat
     assert small.exit_code == 2
     wrong = train(Path("test_train:bad_classes"), "classification")
     labels = refused(
-        DataError, "labels 0 to 9, the classes of the model, got 10", program, SQUEEZE, wrong, tmp=tmp_path, allow_code=True
+        DataError,
+        "whole labels 0 to 9, the classes of the model, got 10",
+        program,
+        SQUEEZE,
+        wrong,
+        tmp=tmp_path,
+        allow_code=True,
     )
     assert labels.exit_code == 2
     refused(
@@ -354,6 +362,59 @@ def test_what_cannot_be_trained_is_refused_with_the_place_and_the_remedy(tmp_pat
     own = train(here, {"type": "python", "function": "test_train:halves"})
     refused(UsageError, "factory runs code", program, SQUEEZE, own, tmp=tmp_path)
     refused(UsageError, "no such file", program, SQUEEZE, train(Path("absent.txt")), tmp=tmp_path)
+
+
+def tokens(**changed: np.ndarray) -> dict[str, np.ndarray]:
+    """Return ids of the tiny decoder, and what is changed."""
+    return {"input_ids": np.random.default_rng(0).integers(4, 40, (8, 12)), **changed}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        (tokens(input_ids=np.full((8, 12), 5000)), r"does not run on this data: index out of range.*below the size"),
+        (tokens(input_ids=np.full((8, 12), -3)), r"does not run on this data: index out of range"),
+        (tokens(input_ids=np.full((8, 12), 0.5, np.float32)), r"does not run on this data: .*input_ids: \[batch, \w+\]"),
+        (tokens(labels=np.full((8, 12), 5000)), r"expected whole labels 0 to 63, the classes of the model, got 5000"),
+        (tokens(labels=np.full((8, 12), -7)), r"expected whole labels 0 to 63, the classes of the model, got -7"),
+        (tokens(labels=np.full((8, 5), 7)), r"expected labels of shape \(4, 12\), got \(4, 5\)"),
+        (tokens(labels=np.full((8, 12), -100)), "expected something to predict in every batch, got labels that are all -100"),
+        (tokens(input_ids=np.full((8, 1), 7)), "expected something to predict in every batch, got none"),
+    ],
+)
+def test_tokens_and_labels_that_the_model_does_not_know_are_refused(
+    arrays: Mapping[str, Any], words: str, tokens_of: Program, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    learn = train(tmp_path / "x.npz", "causal_lm", batch_size=4)
+    made = refused(DataError, words, tokens_of, LORA, learn, tmp=tmp_path)
+    assert made.exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def tokens_of(llama: Path) -> Program:
+    return lrc.capture(str(llama))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "many"])
+@pytest.mark.parametrize(("kind", "columns"), [("labelled", "text,label"), ("pairs", "sentence1,sentence2,score")])
+def test_numbers_of_a_file_that_are_none_are_refused(value: str, kind: Any, columns: str, bert: Path, tmp_path: Path) -> None:
+    request = Request("x.csv", ["input_ids", "attention_mask"], tokenizer=bert, base=tmp_path)
+    texts = "the cat," * columns.count(",")
+    last = columns.split(",")[-1]
+    for cell, words in ((value, f"expected numbers in the column `{last}`, got '{value}'"), ("", f"got nothing in {last}")):
+        (tmp_path / "x.csv").write_text("\n".join([columns, f"{texts}1", f"{texts}{cell}"]))
+        with pytest.raises(DataError, match=words):
+            load_examples(request, TrainData(dataset="x.csv"), kind)
+
+
+def test_a_recipe_that_looks_at_gradients_is_not_run_where_they_are_freed(tokens_of: Program, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **tokens())
+    learn = train(
+        tmp_path / "x.npz", "causal_lm", per_layer=True, clip=None,
+        recipe={"type": "loraprune", "width_kept": 0.5, "skip_first": 0.0, "skip_last": 0},
+    )  # fmt: skip
+    refused(UsageError, "`loraprune` looks at the gradients of a step", tokens_of, LORA, learn, tmp=tmp_path)
 
 
 @pytest.mark.parametrize(
