@@ -85,6 +85,7 @@ class Loop:
     report: Callable[[int, int], None] = lambda done, total: None
     history: list[Row] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    rate: float = 0.0
     rates: list[float] = field(default_factory=list)
     epochs: dict[int, list[list[int]]] = field(default_factory=dict)
     grown: int | None = None
@@ -96,7 +97,8 @@ class Loop:
         Raises TrainError for a loss or gradient that is not finite and for a run that diverges, DataError for too little data.
         """
         self.parallel = self.parallel or Alone(self.losses, self.parameters)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        self.rates = [group["lr"] * group.get("lr_factor", 1.0) for group in self.optimizer.param_groups]
         per_epoch = len(self.batches_of(0))
         if per_epoch == 0:
             raise DataError(
@@ -182,7 +184,7 @@ class Loop:
         first = self.history[0]["loss"] if self.history else total
         if total > GROWTH * max(first, 1.0):
             raise self.failure(done, f"the loss has grown from {first:.4g} to {total:.4g}")
-        row = {"step": float(done + 1), "loss": total, "lr": self.optimizer.param_groups[0]["lr"]}
+        row = {"step": float(done + 1), "loss": total, "lr": self.rate * factor}
         if not self.in_backward:
             row["grad_norm"] = self.clipped(done)
             self.recipe.graded(done)

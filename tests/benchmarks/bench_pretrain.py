@@ -11,14 +11,13 @@ learning rate; the first 256 windows of the test text are scored with it. Every 
 adam: every weight, full Adam. galore, fira: the same weights, Adam in subspaces of rank 48 in the blocks. low_rank: every
 weight of a block as a product of rank 48, by Adam. sltrain: that, and 3 % of the entries on random supports. sltrain_8bit:
 sltrain with states of 8 bits, updated in the backward pass, which excludes clipping. Megabytes: of the parameters, all of which
-are trained, and of the optimiser's states, as in a checkpoint. Peak: growth of the process's resident memory in training.
+are trained, and of the optimiser's states, as in a checkpoint. A step: all that lives at its peak, the weights included.
 Results are kept in the benchmarks' folder (LRC_BENCH_DIR), and runs that are there are not repeated.
 """
 
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -102,11 +101,9 @@ def one(method: str, lr: float) -> dict[str, Any]:
     """Train once and return what is measured."""
     folder = prepare()
     told: list[float] = []
-    before: list[int] = []
 
     def progress(stage: str, done: int, total: int) -> None:
         if stage == "train":
-            before.append(resident())
             told.append(time.perf_counter())
 
     train = {
@@ -118,25 +115,20 @@ def one(method: str, lr: float) -> dict[str, Any]:
     spec = {"version": 1, "model": {"init": "random"}, "passes": [*FIRST.get(method, []), train]}
     with tempfile.TemporaryDirectory() as cache:
         try:
-            program = lrc.compile(str(folder), spec, cache=Path(cache), progress=progress).program
+            done = lrc.compile(str(folder), spec, cache=Path(cache), progress=progress)
         except LrcError as error:  # a learning rate that is too large
             return {"method": method, "lr": lr, "failed": str(error)}
         (path,) = Path(cache).rglob("step-*.pt")
         kept = torch.load(path, weights_only=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    program = done.program
     return {
         "method": method, "lr": lr, "parameters": program.size()[0],
         "choose": perplexity(program, folder / "choose.txt", folder),
         "perplexity": perplexity(program, shared("wikitext2") / "wiki.test.tokens", folder),
         "parameters_mb": size(kept["parameters"]) / 1e6, "states_mb": size(kept["optimizer"]) / 1e6,
-        "peak_mb": peak - before[0] / 2**20,
+        "step_mb": done.training[0]["memory"]["measured"] / 1e6,
         "seconds_a_step": statistics.median(b - a for a, b in pairwise(told)),
     }  # fmt: skip
-
-
-def resident() -> int:
-    """Return the resident memory of this process, in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def size(value: Any) -> int:

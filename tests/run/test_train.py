@@ -157,6 +157,26 @@ def test_updates_inside_the_backward_pass_train_the_same(tmp_path: Path) -> None
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "galore", "proximal_adamw", "sgd"])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_parameters_that_a_pattern_matches_learn_at_a_multiple_of_the_rate(
+    optimizer: str, per_layer: bool, tmp_path: Path
+) -> None:
+    given = {"clip": None, "per_layer": per_layer, "optimizer": {"type": optimizer, "lr": 1e-4}, "steps": 1}
+    before, plain, faster = (
+        weights(compiled(captured_mlp(), tmp_path, SQUEEZE, *passes, allow_code=True))
+        for passes in (
+            (), (train(Path("tiny:calibration_of_mlp"), **given),),
+            (train(Path("tiny:calibration_of_mlp"), **given, lr_factors={"**.B": 3.0, "**.A": 2.0, "up.A": 1.0}),),
+        )
+    )  # fmt: skip
+    moved = [name for name in before if not torch.equal(before[name], plain[name])]
+    assert {name.rsplit(".", 1)[-1] for name in moved} >= {"A", "B"}
+    for name in moved:
+        factor = 3.0 if name.endswith(".B") else 2.0 if name.endswith(".A") and name != "up.A" else 1.0
+        assert torch.allclose(faster[name] - before[name], factor * (plain[name] - before[name]), rtol=2e-2, atol=1e-7), name
+
+
 def test_objectives_with_labels(encoder: Program, data: Path, tmp_path: Path) -> None:
     made = compiled(
         encoder, tmp_path, FACTORIZE, train(data / "pairs.csv", {"type": "cosine", "scale": 1.0}, batch_size=4, steps=20),
@@ -329,6 +349,8 @@ def test_what_cannot_be_trained_is_refused_with_the_place_and_the_remedy(tmp_pat
         UsageError, "selects no parameter", program, SQUEEZE, train(here, parameters="adapters"), tmp=tmp_path, allow_code=True
     )
     refused(UsageError, "matches no parameter", program, SQUEEZE, train(here, also=["head.*"]), tmp=tmp_path, allow_code=True)
+    factors = train(here, lr_factors={"head.*": 2.0})
+    refused(UsageError, "matches no trained parameter", program, SQUEEZE, factors, tmp=tmp_path, allow_code=True)
     small = refused(
         DataError,
         "at least one batch, 500 samples",
@@ -426,6 +448,7 @@ def test_a_recipe_that_looks_at_gradients_is_not_run_where_they_are_freed(tokens
         ({"objective": "classify"}, "Did you mean 'classification'"),
         ({"validation": {"every": 3}}, "give `data`, for the loss on it, or `metric`"),
         ({"parameters": "some"}, "inserted"),
+        ({"lr_factors": {"**": 0.0}}, "greater than 0"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:

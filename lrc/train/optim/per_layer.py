@@ -34,7 +34,7 @@ class PerLayer(Optimizer):
 
         def alone(groups: list[dict[str, Any]]) -> Optimizer:
             name = named[id(groups[0]["params"][0])]
-            return make(Trained({name: trained.parameters[name]}, trained.gates))
+            return make(Trained({name: trained.parameters[name]}, trained.gates, factors=trained.factors))
 
         return cls([{"params": list(trained.parameters.values())}], alone)
 
