@@ -63,6 +63,11 @@ def product_of(made: LinearMap, context: Context) -> tuple[Tensor, Tensor] | Non
     return None
 
 
+def gone_of(group: Group, share: float) -> int:
+    """Return how many units of a group are a share of it; one stays at least."""
+    return min(group.units - 1, int(group.units * share + 1e-9))
+
+
 class GuidedPruning(Recipe):
     """Scores units at every step, masks the least important ones by a schedule, and cuts them at the end."""
 
@@ -122,9 +127,13 @@ class GuidedPruning(Recipe):
                 warmup=self.options.warmup, cooldown=self.options.cooldown,
             )  # fmt: skip
             for name, group in self.groups.items():
-                gone = min(group.units - 1, int(group.units * share + 1e-9))
-                self.masks[name] = kept_units(self.importance[name], self.masks[name], gone)
+                self.masks[name] = kept_units(self.importance[name], self.masks[name], gone_of(group, share))
             self.show()
+
+    def comparable(self) -> bool:
+        """Say whether everything that goes is out: what still runs whole does better, and is not what the run ends with."""
+        final = 1 - self.options.width_kept
+        return all(int((~self.masks[name]).sum()) == gone_of(group, final) for name, group in self.groups.items())
 
     def show(self) -> None:
         """Let the masks of units be masks of the outputs of linears."""
