@@ -111,7 +111,7 @@ def one(method: str, lr: float) -> dict[str, Any]:
         "type": "train", "data": {"dataset": str(folder / "train.txt"), "max_length": LENGTH}, "objective": "causal_lm",
         "parameters": "all", "optimizer": {"type": "adamw"} | OPTIMIZERS.get(method, {}) | {"lr": lr},
         "schedule": {"type": "cosine", "warmup_ratio": 0.1, "final": 0.1}, "steps": STEPS, "batch_size": BATCH,
-        "lr_factors": {pattern: AROUND / lr for pattern in PLAIN},
+        "lr_factors": dict.fromkeys(PLAIN, AROUND / lr),
         "checkpoint_every": STEPS, **OTHERS.get(method, {}),
     }  # fmt: skip
     spec = {"version": 1, "model": {"init": "random"}, "passes": [*FIRST.get(method, []), train]}
