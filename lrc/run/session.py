@@ -168,9 +168,10 @@ class Session:
                 by_block=self.in_blocks(program, needs),
             )
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
                 "calibration",
-                message=f"the model does not run on this data: {str(error).strip().splitlines()[0]}",
+                message=f"the model does not run on this data: {said}",
                 hint=f"It takes {shapes_of(program)}",
             ) from error
 
