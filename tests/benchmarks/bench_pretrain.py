@@ -4,9 +4,9 @@
 
 The model has 5.1 million numbers: 8 layers of width 192, and a byte-level BPE vocabulary of 4096 made on the training text. It
 is trained on the first nine tenths of the WikiText-2 validation text, in windows of 128 tokens; the last tenth chooses the
-learning rate; the first 256 windows of the test text are scored with it. Every method gets the same grid of learning rates,
-0.001, 0.003 and 0.01, which goes on by threes where its best is at an end; every run is a whole one, in a process of its own
-(`--one METHOD LR`).
+learning rate of the blocks; the first 256 windows of the test text are scored with it. Every method gets the same grid of them,
+0.001, 0.003 and 0.01, which goes on by threes where its best is at an end; embeddings and head learn at 0.005 by Adam in all
+of them. Every run is a whole one, in a process of its own (`--one METHOD LR`).
 
 adam: every weight, full Adam. galore, fira: the same weights, Adam in subspaces of rank 48 in the blocks. low_rank: every
 weight of a block as a product of rank 48, by Adam. sltrain: that, and 3 % of the entries on random supports. sltrain_8bit:
@@ -35,7 +35,8 @@ from lrc.errors import LrcError
 from lrc.program import Program
 
 WIDTH, INNER, LAYERS, VOCABULARY, LENGTH, RANK = 192, 512, 8, 4096, 128, 48
-STEPS, BATCH, GRID, MORE, WINDOWS = 240, 4, (1e-3, 3e-3, 1e-2), 3, 256
+STEPS, BATCH, GRID, MORE, WINDOWS = 150, 16, (1e-3, 3e-3, 1e-2), 3, 256
+AROUND = 5e-3  # the learning rate of embeddings and head
 BLOCKS, PLAIN = "layers:[0-9999]", ["**.embed_tokens.*", "lm_head.*"]
 SPARSE = {"type": "sltrain", "density": 0.03, "start": "random", "alpha": 12.0}
 FIRST: dict[str, list[dict[str, Any]]] = {
@@ -110,6 +111,7 @@ def one(method: str, lr: float) -> dict[str, Any]:
         "type": "train", "data": {"dataset": str(folder / "train.txt"), "max_length": LENGTH}, "objective": "causal_lm",
         "parameters": "all", "optimizer": {"type": "adamw"} | OPTIMIZERS.get(method, {}) | {"lr": lr},
         "schedule": {"type": "cosine", "warmup_ratio": 0.1, "final": 0.1}, "steps": STEPS, "batch_size": BATCH,
+        "lr_factors": dict.fromkeys(PLAIN, AROUND / lr),
         "checkpoint_every": STEPS, **OTHERS.get(method, {}),
     }  # fmt: skip
     spec = {"version": 1, "model": {"init": "random"}, "passes": [*FIRST.get(method, []), train]}
