@@ -10,7 +10,7 @@ from nets import group_of
 from torch import Tensor, nn
 
 import lrc
-from lrc.errors import UsageError
+from lrc.errors import TrainError, UsageError
 from lrc.program.dependency import find_groups
 from lrc.solvers.lora_guided import guided_entries, guided_gradient, kept_units, pruned_share
 
@@ -46,13 +46,24 @@ def mlps() -> Mlps:
 def trained(
     recipe: dict[str, Any], *, steps: int = 20, adapt: Any = "{up,gate,down}.*", then: Any = (), **options: Any
 ) -> lrc.Compiled:
-    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
+    x, noise = (torch.randn(32, n, generator=torch.Generator().manual_seed(n)) for n in (6, 4))
+    model = mlps()
+    with torch.no_grad():
+        np.savez("t.npz", x=x.numpy(), labels=(model(x) + 0.1 * noise).numpy())
     passes = [
         {"type": "adapt", "targets": [adapt], "method": "lora", "rank": 3, "alpha": 6},
-        {"type": "train", "objective": "distillation", "steps": steps, "batch_size": 8, "recipe": recipe, **options},
+        {
+            "type": "train",
+            "data": "t.npz",
+            "objective": "regression",
+            "steps": steps,
+            "batch_size": 8,
+            "recipe": recipe,
+            **options,
+        },
         *then,
     ]
-    return lrc.compile(mlps(), {"version": 1, "passes": passes}, inputs=[x[:4]], calibration=[(x,)], cache=Path("cache"))
+    return lrc.compile(model, {"version": 1, "passes": passes}, inputs=[x[:4]], calibration=[(x,)], cache=Path("cache"))
 
 
 def test_the_gradient_estimate_is_the_change_of_the_product() -> None:
@@ -136,9 +147,8 @@ def test_a_validation_prefers_no_state_that_is_not_pruned_to_the_end(monkeypatch
     seen: list[GuidedPruning] = []
     show = GuidedPruning.show
     monkeypatch.setattr(GuidedPruning, "show", lambda self: (seen.append(self), show(self))[1])
-    np.savez("x.npz", x=torch.randn(32, 6, generator=torch.Generator().manual_seed(1)).numpy())
     recipe = {"type": "loraprune", "width_kept": 0.5, "every": 2, "skip_first": 0.0, "skip_last": 0}
-    done = trained(recipe, validation={"data": "x.npz", "every": 2})
+    done = trained(recipe, validation={"data": "t.npz", "every": 2})
     (row,) = done.training
     judged = {step["step"]: step["validation"] for step in row["history"] if "validation" in step}
     pruned = {step: value for step, value in judged.items() if step >= 18}
@@ -202,6 +212,12 @@ def test_heads_of_a_decoder_go_with_their_queries_and_the_rest_is_what_the_formu
     }  # fmt: skip
     blocks = sum(site.map.cost().parameters for fqn, site in done.program.sites.items() if "layers" in fqn)
     assert blocks == (2 * 2 + 2) * size * hidden + 3 * hidden * inner // 2
+
+
+def test_a_model_that_is_its_own_teacher_has_nothing_to_prune_by() -> None:
+    """Adapters start at zero, so that the loss and every gradient are zero until something is pruned."""
+    with pytest.raises(TrainError, match=r"no gradient has reached the adapters of up\.\d: no unit tells from another"):
+        trained({"type": "loraprune", "width_kept": 0.5, "skip_first": 0.0}, data=None, objective="distillation")
 
 
 def test_without_adapters_on_all_linears_of_a_group_it_is_refused() -> None:

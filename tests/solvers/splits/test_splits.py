@@ -116,7 +116,7 @@ def test_warm_steps_end_where_whole_decompositions_do(pattern: str) -> None:
             found = run(rule, W, 5, options, seen)
             assert float(((W - whole(found)) * d).norm()) == pytest.approx(found.history[-1])
             ratios.append(found.history[-1] / float((rest - S).norm()))
-        assert sum(ratios) / 4 < 1.01, ratios
+        assert sum(ratios) / 4 < 1.02, ratios
 
 
 def test_rank_zero_of_oats_is_wandas_pruning() -> None:
