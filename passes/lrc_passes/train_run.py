@@ -14,6 +14,7 @@ from lrc.measure import digest
 from lrc.program import Program
 from lrc.program.modes import Rates, attention_rates, training_graph
 from lrc.run import Session
+from lrc.run.session import shapes_of
 from lrc.spec.registry import METRICS, OBJECTIVES
 from lrc.train.blocks import in_blocks
 from lrc.train.data import Examples, TrainData, load_examples, of_batches
@@ -85,9 +86,16 @@ class Runs:
 
         def run(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             filled = self.program.inputs.fill(batch)
-            if values is None:
-                return module(**filled)  # type: ignore[no-any-return]  # a program returns a mapping
-            return torch.func.functional_call(module, dict(values), (), filled)  # type: ignore[no-any-return]  # as above
+            try:
+                if values is None:
+                    return module(**filled)  # type: ignore[no-any-return]  # a program returns a mapping
+                return torch.func.functional_call(module, dict(values), (), filled)  # type: ignore[no-any-return]  # as above
+            except (RuntimeError, IndexError, ValueError, TypeError) as error:
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise DataError(
+                    "train.data", message=f"the model does not run on this data: {said}",
+                    hint=f"It takes {shapes_of(self.program)}; ids are below the size of its vocabulary",
+                ) from error  # fmt: skip
 
         return run
 

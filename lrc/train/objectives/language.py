@@ -7,9 +7,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrc.errors import UsageError
+from lrc.errors import DataError, UsageError
 from lrc.train.data import Reads
-from lrc.train.objectives.base import IGNORED, ObjectiveOptions, Step, logits_of, objective
+from lrc.train.objectives.base import IGNORED, ObjectiveOptions, Step, check_classes, logits_of, objective
 
 
 class CausalLm(ObjectiveOptions):
@@ -21,13 +21,20 @@ class CausalLm(ObjectiveOptions):
 
 @objective(CausalLm)
 def causal_lm(step: Step, options: CausalLm) -> Tensor:
-    """Return the mean over predicted tokens; padded ones, and those whose label is -100, are not predicted."""
+    """Return the mean over predicted tokens; padded ones, and those whose label is -100, are not predicted.
+
+    Raises DataError for labels that are no tokens of the model or not one a token, and for a batch without any.
+    """
     ids = step.batch["input_ids"]
-    wanted = step.batch.get("labels", ids)[:, 1:].clone()
+    labels = step.batch.get("labels", ids)
+    if labels.shape != ids.shape:
+        raise DataError("objective causal_lm", expected=f"labels of shape {tuple(ids.shape)}", got=str(tuple(labels.shape)))
+    wanted = labels[:, 1:].clone()
     mask = step.batch.get("attention_mask")
     if mask is not None:
         wanted[mask[:, 1:] == 0] = IGNORED
     logits = logits_of(step.student(step.batch), "causal_lm")[:, :-1]
+    check_classes(wanted, logits.shape[-1], "causal_lm")
     return F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED)
 
 

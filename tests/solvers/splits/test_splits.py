@@ -94,6 +94,31 @@ def test_godec_and_oats_never_get_worse_and_keep_their_counts(pattern: str) -> N
             assert int(kept.sum()) == 192
 
 
+@pytest.mark.parametrize("pattern", ["rows", "2:4"])
+def test_warm_steps_end_where_whole_decompositions_do(pattern: str) -> None:
+    """Against the loop of the papers, written out with an SVD an iteration; each ends in a local minimum of its own."""
+    seen = moments(48)
+    assert seen.gram is not None
+    scale = seen.gram.diagonal().sqrt()
+    density = None if pattern == "2:4" else 0.3
+    for rule, options, d in (
+        (oats, OatsSplitter(pattern=pattern, density=density), scale),
+        (godec, GodecSplitter(pattern=pattern, density=density, tolerance=0), torch.ones_like(scale)),
+    ):
+        ratios = []
+        for seed in range(4):
+            W = randn(40, 48, seed=seed)
+            S = rest = torch.zeros_like(W)
+            for _ in range(options.iterations):
+                U, sigma, Vh = torch.linalg.svd(W * d - S, full_matrices=False)
+                rest = W * d - U[:, :5] * sigma[:5] @ Vh[:5]
+                S = torch.where(strongest(rest.abs(), pattern, density or 0.0), rest, 0.0)
+            found = run(rule, W, 5, options, seen)
+            assert float(((W - whole(found)) * d).norm()) == pytest.approx(found.history[-1])
+            ratios.append(found.history[-1] / float((rest - S).norm()))
+        assert sum(ratios) / 4 < 1.02, ratios
+
+
 def test_rank_zero_of_oats_is_wandas_pruning() -> None:
     W, seen = randn(6, 10), moments(10)
     found = run(oats, W, 0, OatsSplitter(density=0.5), seen)
