@@ -80,9 +80,9 @@ class Fusion:
 
     def moved(self, reader: LinearMap, columns: Array) -> LinearMap:
         """Return a reader that does what the matrix did, with what it reads first in each place, and zeros behind it."""
-        B, c = self.made.slots[0], self.made.bias
-        assert isinstance(B, Tensor), "looked for"
-        B = B.detach().double()[torch.from_numpy(self.units)]
+        outer, c = self.made.slots[0], self.made.bias
+        assert isinstance(outer, Tensor), "looked for"
+        B = outer.detach().double()[torch.from_numpy(self.units)]
         held = last_matrix(reader)
         W, whole = held.detach().double().clone(), reader.dense()
         shift = torch.zeros(reader.out_features, dtype=torch.float64, device=W.device)
@@ -94,7 +94,7 @@ class Fusion:
             if c is not None:
                 shift += whole.weight.double()[:, at] @ c.detach().double()[torch.from_numpy(self.units)]
         new = nn.Parameter(W.to(held.dtype), requires_grad=held.requires_grad)
-        made = Dense(new, reader.bias) if isinstance(reader, Dense) else rebuilt(reader, [*reader.slots[:-1], new])  # type: ignore[attr-defined, arg-type]  # a chain
+        made = rebuilt(reader, [*reader.slots[:-1], new]) if isinstance(reader, Chain) else Dense(new, reader.bias)
         if c is None:
             return made
         bias = shift if whole.bias is None else whole.bias.double() + shift
@@ -208,6 +208,6 @@ def is_plain(program: Program, fqn: str) -> bool:
 
 def last_matrix(made: LinearMap) -> Tensor:
     """Return the matrix that a plain map applies first."""
-    found = made.weight if isinstance(made, Dense) else made.slots[-1]  # type: ignore[attr-defined]  # a chain
+    found = made.slots[-1] if isinstance(made, Chain) else made.weight
     assert isinstance(found, Tensor), "a plain map"
     return found
