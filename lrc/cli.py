@@ -217,12 +217,23 @@ def schema() -> None:
 
 @app.command("list")
 def list_(kind: Annotated[Optional[str], typer.Argument(help="One kind; all without it.")] = None,  # noqa: UP045
+          name: Annotated[Optional[str], typer.Argument(help="One of the kind: its options.")] = None,  # noqa: UP045
           as_json: Json = False) -> None:  # fmt: skip
-    """List passes, solvers, ranks, metrics, exports, presets."""
-    from lrc.run.describe import names
+    """List what a spec may use; with a kind, what each does; with a name, its options and their defaults."""
+    from lrc.report.tables import rows_table
+    from lrc.run.catalogue import names, options_of, preset_text, summaries
 
-    found = names(kind)
-    show(found, as_json, "\n".join(f"{k}: {', '.join(v) or '-'}" for k, v in found.items()))
+    if kind == "presets" and name is not None:
+        text = preset_text(name)
+        show({"preset": name, "text": text}, as_json, text.rstrip())
+    elif kind is not None and name is not None:
+        rows = options_of(kind, name)
+        show(rows, as_json, rows_table(rows) if rows else "no options")
+    elif kind is not None:
+        show(names(kind), as_json, rows_table(summaries(kind)))
+    else:
+        found = names()
+        show(found, as_json, "\n".join(f"{k}: {', '.join(v) or '-'}" for k, v in found.items()))
 
 
 @app.command()

@@ -68,6 +68,8 @@ def test_the_program_lists_its_verbs(cli: Run) -> None:
         (["validate", "nowhere.yaml"], "nowhere.yaml: no such file. `lrc init MODEL` writes one."),
         (["inspect", "./nowhere"], "./nowhere: expected a Hugging Face folder, a hub id, pkg://package/dir, module:factory"),
         (["list", "nosuch"], "list nosuch: expected one of passes, solvers, "),
+        (["list", "solvers", "kfca"], "list solvers kfca: unknown solver 'kfca'; known: "),
+        (["list", "presets", "kfca"], "preset:kfca: there is no preset 'kfca'. Did you mean 'kfac'?"),
         (["diff", "a", "b"], "a: expected a spec, a plan.json or an output folder, got no such file."),
         (["export", ".", "--format", "gguf"], "--format: unknown export format 'gguf'; known: aoti, hf, onnx, peft, pt2"),
         (["export", ".", "--format", "onnx"], ".: expected a finished output folder of lrc, got neither config.json nor"),
@@ -367,7 +369,22 @@ def test_list_names_everything_that_a_spec_may_use(cli: Run) -> None:
         assert isinstance(found[kind], list)
     assert {"adamw", "fira", "galore", "proximal_adamw", "riemannian_adamw"} <= set(found["optimizers"])
     assert {"causal_lm", "classification", "cosine", "distillation", "reconstruction"} <= set(found["objectives"])
-    assert cli("list", "passes").out.startswith("passes: ")
+
+
+def test_list_tells_what_each_of_a_kind_does_and_the_options_of_one(cli: Run) -> None:
+    for kind, known in cli("list", "--json").json.items():
+        told = cli("list", kind).out.splitlines()[1:]
+        assert [line.split()[0] for line in told if not line.startswith(" ")] == known
+        assert all(len(line.split()) > 1 for line in told if not line.startswith(" ")), f"{kind}: one has no description"
+        assert cli("list", kind, known[0]).out
+    rows = {row["option"]: row for row in cli("list", "optimizers", "fira", "--json").json}
+    assert rows["scale"] | {"about": ""} == {"option": "scale", "takes": "number > 0", "default": "0.25", "about": ""}
+    assert rows["proj_type"]["takes"] == "std | reverse_std | left | right | full"
+    rows = {row["option"]: row for row in cli("list", "passes", "train", "--json").json}
+    assert (rows["accumulate"]["default"], rows["dropout"]["default"], rows["data"]["default"]) == ("1", "true", "null")
+    assert rows["objective"]["default"] == "(required)"
+    assert "distillation | " in rows["objective"]["takes"]
+    assert cli("list", "presets", "kfac").out.startswith("# ")
 
 
 def test_schema_prints_the_schema_of_the_spec(cli: Run) -> None:

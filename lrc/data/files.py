@@ -120,11 +120,9 @@ def need_columns(rows: Sequence[Row], path: Path, columns: Sequence[str]) -> Non
     for number, row in enumerate(rows, 1):
         missing = [column for column in columns if row.get(column) in (None, "")]
         if missing:
-            raise DataError(
-                f"{path}, row {number}",
-                expected=f"the columns {', '.join(columns)}",
-                got=", ".join(map(str, row)) or "none",
-            )
+            empty = [column for column in missing if column in row]
+            got = f"nothing in {', '.join(empty)}" if empty else ", ".join(map(str, row)) or "none"
+            raise DataError(f"{path}, row {number}", expected=f"the columns {', '.join(columns)}", got=got)
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:

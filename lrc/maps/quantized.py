@@ -1,5 +1,6 @@
 """A matrix in few bits: packed codes and their scales, decoded where it is applied."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -61,9 +62,10 @@ class Quantized(OwnDtypes):
         scales = sum(tensor.numel() for tensor in self.encoded.values() if tensor.is_floating_point())
         return self.out_features * self.in_features - scales
 
-    def decoded(self) -> Tensor:
-        """Return the weight (out_features, in_features) in the map's dtype."""
-        return self.form.decode(self.encoded, (self.out_features, self.in_features)).to(self._dtype)
+    def decoded(self, stored: Sequence[Tensor] | None = None) -> Tensor:
+        """Return the weight (out_features, in_features) in the map's dtype; of other packed tensors where given."""
+        encoded = self.encoded if stored is None else dict(zip(self.names, stored, strict=True))
+        return self.form.decode(encoded, self.shape).to(self._dtype)
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
@@ -71,7 +73,10 @@ class Quantized(OwnDtypes):
         if found is None and runs_quantized(x, self.form, self.shape):
             y = quantized_linear(x, self.encoded, self.form, self.out_features)
             return y if self.bias is None else y + self.bias
-        return packed_linear(x, self.bias, Packed(lambda values: self.decoded())) if found is None else found
+        if found is not None:
+            return found
+        packed = Packed(lambda values: self.decoded(), stored=tuple(self.encoded.values()), decode_stored=self.decoded)
+        return packed_linear(x, self.bias, packed)
 
     def matrix(self) -> Tensor:
         """Return the decoded weight, which has no gradient."""

@@ -11,11 +11,11 @@ from torch import Tensor, fx
 from lrc.data import Batch, Batches
 from lrc.errors import SiteError
 from lrc.measure.by_block import Blocks
-from lrc.measure.cache import Cache
+from lrc.measure.cache import Cache, digest
 from lrc.measure.cotangents import Fisher, cotangent
 from lrc.measure.joint import joint_moments, refuse_samples
 from lrc.measure.samples import SampleSums
-from lrc.measure.stored import load_moments, store_moments
+from lrc.measure.stored import StoredMoments
 from lrc.measure.sums import Source, accumulator, add_output, add_piece, output_sums, source
 from lrc.measure.taps import (
     Piece,
@@ -56,8 +56,8 @@ def collect(
     fisher: see `cotangents.cotangent`; draws: how many cotangents a batch, averaged. The random numbers of a batch come
     from `seed` and its place, so the result is the same for the same thread count. progress(done, total) counts batches.
     by_block: hold the activations of one block at a time for the backward pass, and compute them a second time (`by_block`).
-    With a cache, what is stored under `key` (a digest of program, data and options) is read, not measured; what is
-    measured is stored.
+    With a cache, what is stored under `key` (a digest of program and data) is read, not measured, whatever else was needed
+    when it was; what is measured is stored.
 
     Conventions: padding is not counted. Sites that read the same value share one gram. For a weight that is used more
     than once, `gram` and `mean` are means over the tokens of all uses (`tokens` counts them), `fisher` is the sum over
@@ -68,7 +68,8 @@ def collect(
     The model's parameters and buffers are not changed. Raises SiteError for an unknown site or values that are not finite.
     """
     wanted = list(fqns)
-    found = {} if cache is None else load_moments(cache, key, program, wanted)
+    stored = None if cache is None else StoredMoments(cache, key, digest(fisher, draws, seed), program, needs)
+    found = {} if stored is None else stored.load(wanted)
     missing = [fqn for fqn in wanted if fqn not in found]
     if missing:
         write_out(program, missing)
@@ -80,8 +81,8 @@ def collect(
         if progress is not None:
             progress(len(batches), len(batches))
         measured = walk.moments()
-        if cache is not None:
-            store_moments(cache, key, program, measured)
+        if stored is not None:
+            stored.store(measured)
         found |= measured
     return {fqn: found[fqn] for fqn in wanted}
 

@@ -131,6 +131,14 @@ class Session:
             *([joint] if joint else []),
         )  # fmt: skip
 
+    def data_key(self, program: Program) -> str:
+        """Return the content hash of what all statistics depend on, whichever are needed."""
+        joint = [fqn for fqn, site in program.sites.items() if site.joint]
+        return digest(
+            "moments-3", program.digest(), list(self.batches), joint, torch.__version__, torch.get_num_threads(),
+            torch.backends.cpu.get_cpu_capability(),
+        )  # fmt: skip
+
     def moments(self, program: Program, fqns: Sequence[str], needs: frozenset[Need], options: Any = None) -> MomentsOf:
         """Return a function from a site's name to its moments; all `fqns` are measured together, at the first call."""
         if not needs:
@@ -139,14 +147,12 @@ class Session:
 
         def of(fqn: str) -> Moments:
             if fqn not in self._moments.get(key, {}):
-                self._moments = {key: self._collect(program, key, fqns, needs, options)}
+                self._moments = {key: self._collect(program, fqns, needs, options)}
             return self._moments[key][fqn]
 
         return of
 
-    def _collect(
-        self, program: Program, key: str, fqns: Sequence[str], needs: frozenset[Need], options: Any
-    ) -> dict[str, Moments]:
+    def _collect(self, program: Program, fqns: Sequence[str], needs: frozenset[Need], options: Any) -> dict[str, Moments]:
         try:
             return collect(
                 program,
@@ -157,14 +163,15 @@ class Session:
                 draws=getattr(options, "draws", 1),
                 seed=self.seed,
                 cache=self.cache,
-                key=key,
+                key=self.data_key(program),
                 progress=lambda done, total: self.progress("calibrate", done, total),
                 by_block=self.in_blocks(program, needs),
             )
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
                 "calibration",
-                message=f"the model does not run on this data: {str(error).strip().splitlines()[0]}",
+                message=f"the model does not run on this data: {said}",
                 hint=f"It takes {shapes_of(program)}",
             ) from error
 

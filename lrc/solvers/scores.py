@@ -2,7 +2,8 @@
 
 magnitude  W²                 Han et al. (2015), arXiv:1506.02626
 wanda      W² E[x²]           Sun et al. (2024), arXiv:2306.11695, squared: what the entry gives to its output on average
-taylor     |W dL/dW|          Molchanov et al. (2019), arXiv:1906.10771; Ma et al. (2023), arXiv:2305.11627 (first order)
+taylor     (dL/dgate)²        Molchanov et al. (2019), arXiv:1906.10771, with gates on what is read; summed over rows it is the
+                              second-order change of the loss of Theis et al. (2018), arXiv:1801.05787, but for a factor
 """
 
 from collections.abc import Callable, Mapping
@@ -13,31 +14,32 @@ from torch import Tensor
 
 from lrc.solvers.base import Moments, Need
 
-Entries = Callable[[Tensor, Moments, Tensor | None], Tensor]
+Entries = Callable[[Tensor, Moments], Tensor]
 
 
 @dataclass(frozen=True)
 class Score:
     """A criterion.
 
-    entries: from a weight (out_features, in_features), its moments and the mean gradient of the loss to the scores of its
-    entries, not negative, in float32 or more. needs: what is measured for it; gradient: it asks for dL/dW. sides: of a unit,
-    what is summed: rows of what writes it (out), columns of what reads it (in). root: a unit has the root of the sum.
+    entries: from a weight (out_features, in_features) and its moments to the scores of its entries, not negative, in float32
+    or more; None where gates on what sites read are differentiated in their place. needs: what is measured for it. sides: of a
+    unit, what is summed: rows of what writes it (out), columns of what reads it (in). root: a unit has the root of the sum.
+    absolute: units of different groups compare as they are, for their cost; else only relative to the mean of their group.
     """
 
-    entries: Entries
+    entries: Entries | None
     needs: frozenset[Need] = frozenset()
-    gradient: bool = False
     sides: tuple[str, ...] = ("out", "in")
     root: bool = False
+    absolute: bool = False
 
 
-def magnitude(weight: Tensor, moments: Moments, gradient: Tensor | None) -> Tensor:
+def magnitude(weight: Tensor, moments: Moments) -> Tensor:
     """Return the squares of the entries."""
     return weight.float().square()
 
 
-def wanda(weight: Tensor, moments: Moments, gradient: Tensor | None) -> Tensor:
+def wanda(weight: Tensor, moments: Moments) -> Tensor:
     """Return the squares of the entries times the mean squares of their inputs; of a weight in groups, of those of its rows."""
     assert moments.gram is not None, "the inputs are measured"
     squares = moments.gram.diagonal() if moments.gram.ndim == 2 else moments.gram
@@ -45,14 +47,8 @@ def wanda(weight: Tensor, moments: Moments, gradient: Tensor | None) -> Tensor:
     return weight.float().square() * blocks.repeat_interleave(len(weight) // len(blocks), 0).to(weight.device, torch.float32)
 
 
-def taylor(weight: Tensor, moments: Moments, gradient: Tensor | None) -> Tensor:
-    """Return how much the loss changes without each entry, in first order."""
-    assert gradient is not None, "the gradient is measured"
-    return (weight.float() * gradient.to(weight.device)).abs()
-
-
 SCORES: Mapping[str, Score] = {
     "magnitude": Score(magnitude, root=True),
     "wanda": Score(wanda, frozenset({Need.INPUTS}), sides=("in",), root=True),
-    "taylor": Score(taylor, gradient=True),
+    "taylor": Score(None, sides=("in",), absolute=True),
 }

@@ -1,5 +1,6 @@
 """Training data: examples out of a file or a factory, and the batches of every epoch."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -219,6 +220,9 @@ def _pairs(request: Request, spec: TrainData) -> list[Example]:
 
 def _number(value: Any, request: Request, column: str) -> float:
     try:
-        return float(value)
+        found = float(value)
+        if not math.isfinite(found):
+            raise ValueError
     except (TypeError, ValueError) as error:
         raise DataError(str(request.path), expected=f"numbers in the column `{column}`", got=repr(value)) from error
+    return found

@@ -85,6 +85,7 @@ class Loop:
     report: Callable[[int, int], None] = lambda done, total: None
     history: list[Row] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    rate: float = 0.0
     rates: list[float] = field(default_factory=list)
     epochs: dict[int, list[list[int]]] = field(default_factory=dict)
     grown: int | None = None
@@ -96,7 +97,8 @@ class Loop:
         Raises TrainError for a loss or gradient that is not finite and for a run that diverges, DataError for too little data.
         """
         self.parallel = self.parallel or Alone(self.losses, self.parameters)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        self.rates = [group["lr"] * group.get("lr_factor", 1.0) for group in self.optimizer.param_groups]
         per_epoch = len(self.batches_of(0))
         if per_epoch == 0:
             raise DataError(
@@ -116,6 +118,7 @@ class Loop:
                     self.validate(done)
                 if done % self.settings.checkpoint_every == 0 or done == steps or self.stopped():
                     state = self.shared.whole(self.state(done))
+                    self.sound(done, state["parameters"])
                     if self.shared.world.first:
                         self.checkpoints.save(done, state)
                 self.report(done, steps)
@@ -177,11 +180,11 @@ class Loop:
                 total += self.shared.world.mean(float(loss.detach()))
                 if not math.isfinite(total):
                     raise self.failure(done, f"the loss is {total}")
-                (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]  # torch has no annotation
+                self.backward(loss if penalty is None else loss + penalty, done)
         first = self.history[0]["loss"] if self.history else total
         if total > GROWTH * max(first, 1.0):
             raise self.failure(done, f"the loss has grown from {first:.4g} to {total:.4g}")
-        row = {"step": float(done + 1), "loss": total, "lr": self.optimizer.param_groups[0]["lr"]}
+        row = {"step": float(done + 1), "loss": total, "lr": self.rate * factor}
         if not self.in_backward:
             row["grad_norm"] = self.clipped(done)
             self.recipe.graded(done)
@@ -197,13 +200,31 @@ class Loop:
             raise self.failure(done, "no trained parameter has a gradient: the loss does not depend on any of them")
         norm = float(self.shared.whole(nn.utils.get_total_norm(grads)))
         if not math.isfinite(norm):
-            names = [n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-            self.optimizer.zero_grad(set_to_none=True)
-            raise self.failure(done, f"the gradient is not finite, first at {names[0] if names else 'none of them alone'}")
+            raise self.failure(done, f"the gradient is not finite, first at {self.not_finite()}")
         if self.settings.clip is not None and norm > self.settings.clip:
             for grad in grads:
                 grad.mul_(self.settings.clip / (norm + 1e-6))
         return norm
+
+    def backward(self, loss: Tensor, done: int) -> None:
+        """Compute the gradients; an optimizer that steps meanwhile takes none that is not finite."""
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation
+        except FloatingPointError as error:
+            raise self.failure(done, f"the gradient is not finite, first at {self.not_finite()}") from error
+
+    def not_finite(self) -> str:
+        """Return the name of a parameter whose gradient is not finite; gradients are dropped."""
+        grads = [(name, p.grad) for name, p in self.parameters.items() if p.grad is not None]
+        found = next((name for name, grad in grads if not bool(grad.isfinite().all())), "none of them alone")
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def sound(self, done: int, parameters: Mapping[str, Tensor]) -> None:
+        """Raise TrainError for values that are not finite, so that no checkpoint has them and no run ends with them."""
+        for name, value in parameters.items():
+            if not bool(value.isfinite().all()):
+                raise self.failure(done - 1, f"the step has left values in {name} that are not finite")
 
     def failure(self, done: int, what: str) -> TrainError:
         """Return the error of a run that cannot go on: what happened, and where the last good state is."""

@@ -52,11 +52,24 @@ def _of_map(program: Program, fqn: str, which: Which) -> set[str]:
     }
 
 
-def as_trained(parameters: Mapping[str, Tensor], gates: Collection[str] = ()) -> Trained:
-    """Return what an optimizer is given: parameters with their gates and their pairs of factors."""
+def as_trained(
+    parameters: Mapping[str, Tensor], gates: Collection[str] = (), lr_factors: Mapping[str, float] | None = None
+) -> Trained:
+    """Return what an optimizer is given: parameters with their gates and their pairs of factors.
+
+    lr_factors: pattern of names -> factor of the learning rate; the last one that matches counts. Raises UsageError for a
+    pattern that matches none.
+    """
+    factors = lr_factors or {}
+    found = select([Candidate(name, "Parameter") for name in parameters], list(factors))
+    if found.unmatched:
+        raise UsageError(
+            "train.lr_factors", message=f"`{found.unmatched[0]}` matches no trained parameter",
+            hint=f"There are {', '.join(list(parameters)[-3:])} and others",
+        )  # fmt: skip
     pairs = []
     for name, A in parameters.items():
         B = parameters.get(f"{name[:-1]}B") if name.endswith(".A") else None
         if B is not None and A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1]:
             pairs.append((name, f"{name[:-1]}B"))
-    return Trained(parameters, frozenset(gates), tuple(pairs))
+    return Trained(parameters, frozenset(gates), tuple(pairs), {name: factors[rule] for name, rule in found.rules.items()})

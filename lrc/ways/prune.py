@@ -38,6 +38,6 @@ class Pruned(Variant):
 @way(PruneWay)
 def prune(target: Target, variant: Pruned) -> LinearMap:
     """Return the entries of the largest scores by Wanda."""
-    scores = wanda(target.weight, Moments(gram=target.gram), None)
+    scores = wanda(target.weight, Moments(gram=target.gram))
     support = strongest(scores, variant.pattern, variant.density)
     return Sparse.of(target.weight.to(target.dtype), support, pattern=stored_as(variant.pattern))

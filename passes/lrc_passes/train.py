@@ -70,6 +70,10 @@ class Train(PassOptions):
         default=AdamWOptions(), description="How parameters move: a name, or a mapping with `type`."
     )
     schedule: ScheduleField = Field(default=Schedule(), description="The learning rate over the steps.")
+    lr_factors: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Factors of the learning rate by patterns of parameters, the last match counts: `{'**.B': 16}` is LoRA+.",
+    )
     parameters: Which = Field(
         default="inserted",
         description="Of the targets: what passes left trainable (inserted), that of adapt alone (adapters) or of other passes "
@@ -173,7 +177,7 @@ class TrainPass:
         if isinstance(parallel, Sharded):
             runs, parameters = replace(runs, student=parallel.student), parallel.parameters
             parallel.losses = runs.loss
-        optimizer = optimizer_of(options, as_trained(parameters, runs.gates))
+        optimizer = optimizer_of(options, as_trained(parameters, runs.gates, options.lr_factors))
         basis = Own(
             runs.student, runs.loss, examples, options.batch_size, lambda data: examples_of(program, session, options, data)
         )
@@ -226,6 +230,11 @@ def recipe_of(
     steps = max(1, batches // options.accumulate)
     about = Context(runs.program, runs.fqns, parameters, runs.gates, optimizer, settings.steps, steps, options.seed, own)
     made: Recipe = RECIPES.for_options(options.recipe)(about, options.recipe)
+    if options.per_layer and type(made).graded is not Recipe.graded:
+        raise UsageError(
+            "train", message=f"the recipe `{options.recipe.type}` looks at the gradients of a step, which `per_layer` frees",
+            hint="Set `per_layer: false`",
+        )  # fmt: skip
     return made
 
 

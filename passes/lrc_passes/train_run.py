@@ -14,6 +14,7 @@ from lrc.measure import digest
 from lrc.program import Program
 from lrc.program.modes import Rates, attention_rates, training_graph
 from lrc.run import Session
+from lrc.run.session import shapes_of
 from lrc.spec.registry import METRICS, OBJECTIVES
 from lrc.train.blocks import in_blocks
 from lrc.train.data import Examples, TrainData, load_examples, of_batches
@@ -71,10 +72,10 @@ class Runs:
     ) -> Tensor:
         """Return the objective's loss of a batch, in training or in eval mode. values: in place of parameters, by name."""
         options = self.options.objective
-        mask_id, vocabulary = self.tokens()
+        mask_id, vocabulary, special = self.tokens()
         step = Step(
             batch, self.runner(self.judged if judged else self.student, values), self.teacher and self.runner(self.teacher),
-            self.program.task, generator, mask_id, vocabulary, self.taps, self.session.allow_code,
+            self.program.task, generator, mask_id, vocabulary, special, self.taps, self.session.allow_code,
         )  # fmt: skip
         loss = OBJECTIVES.for_options(options)(step, options)
         assert isinstance(loss, Tensor), "every objective returns a tensor"
@@ -85,19 +86,26 @@ class Runs:
 
         def run(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             filled = self.program.inputs.fill(batch)
-            if values is None:
-                return module(**filled)  # type: ignore[no-any-return]  # a program returns a mapping
-            return torch.func.functional_call(module, dict(values), (), filled)  # type: ignore[no-any-return]  # as above
+            try:
+                if values is None:
+                    return module(**filled)  # type: ignore[no-any-return]  # a program returns a mapping
+                return torch.func.functional_call(module, dict(values), (), filled)  # type: ignore[no-any-return]  # as above
+            except (RuntimeError, IndexError, ValueError, TypeError) as error:
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise DataError(
+                    "train.data", message=f"the model does not run on this data: {said}",
+                    hint=f"It takes {shapes_of(self.program)}; ids are below the size of its vocabulary",
+                ) from error  # fmt: skip
 
         return run
 
-    def tokens(self) -> tuple[int | None, int]:
-        """Return the id of the mask token and the number of tokens, where masked_lm asks for them."""
+    def tokens(self) -> tuple[int | None, int, tuple[int, ...]]:
+        """Return the id of the mask token, the number of tokens and the special ones, where masked_lm asks for them."""
         folder = self.program.origin.folder
         if self.options.objective.type != "masked_lm" or folder is None:
-            return None, 0
+            return None, 0, ()
         tokenizer: Any = load_tokenizer(folder)
-        return tokenizer.mask_token_id, len(tokenizer)
+        return tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids)
 
 
 def attention_rates_of(program: Program, session: Session) -> Rates:

@@ -51,6 +51,12 @@ PRINTED = {
     "LoRA of DeBERTaV3-base, rank 8": (
         12 * 2 * (4 * FORMULAS["lora"](768, 768) + 2 * FORMULAS["lora"](3072, 768)), 1.33e6,
     ),
+    "LoRA of Llama-3-8B, rank 8 on query and value, all layers of Flexora": (
+        32 * 2 * (FORMULAS["lora"](4096, 4096) + FORMULAS["lora"](1024, 4096)), 3_407_872,
+    ),
+    "the same on the 14 layers that it selects": (
+        14 * 2 * (FORMULAS["lora"](4096, 4096) + FORMULAS["lora"](1024, 4096)), 1_490_944,
+    ),
     "FLoRA of LLaMA-7B over LoRA, rank 4": (
         32 * 5 * (FORMULAS["flora"](4096, 4096) - FORMULAS["lora"](4096, 4096)), 2.6e3,
     ),

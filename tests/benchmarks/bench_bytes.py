@@ -1,13 +1,14 @@
 """Quality against bytes: few bits, products, sums of the two, and `auto` at the same bytes as each of them.
 
     python tests/benchmarks/bench_bytes.py [--model minilm smollm2 stories260k] [--only nf4 'lq 4' …] [--seeds 3]
-        [--auto 0.05 0.0625 …] [--plot bytes.svg] [--table bytes.md]
+        [--auto 0.05 0.0625 …] [--plot bytes.svg] [--table bytes.md] [--no-auto]
 
 MiniLM: Spearman on STS-B; SmolLM2-135M and the stories260k Llama: perplexity. Targets are the linears of all blocks; "mb" is
 what they take, in 10^6 bytes, "share" of what they took. Calibration as in `bench_minilm_quality.py` and `bench_smollm2.py`;
 of stories260k, windows of four stories, scored on the fifth. Another draw for every seed. `auto` is given the bytes of every
-other way that was run (`auto = nf4`), and the shares of `--auto`. The baseline is the dense model. Every row is printed when it
-is there, and appended to `bytes.jsonl` in the folder of the benchmarks; rows found there are not run again.
+other way that was run (`auto = nf4`), and the shares of `--auto`. The baseline is the dense model. Rows come seed by seed, each
+is printed when it is there and appended to `bytes.jsonl` in the folder of the benchmarks; rows found there are not run again.
+Calibration and what `auto` tries are done once a seed; a way without data (`free`) is the same for every draw, and run once.
 """
 
 import argparse
@@ -34,10 +35,36 @@ Steps = list[dict[str, Any]]
 LOW: dict[str, Any] = {"rank": {"fraction": 0.0834}}
 FACTORIZE: dict[str, Any] = {"type": "factorize", "solver": {"type": "kfac"}}
 WHITENED: dict[str, Any] = {"type": "factorize", "solver": {"type": "whitened", "center": False}, "form": "two_factor"}
+
+
+def codes(m: int, k: int, d: int, *, trained: bool = False) -> dict[str, Any]:
+    """Return LR2VQ by the solver alone, log2(k) / m bits a number and the codebook, or what its recipe starts from."""
+    solver = {"type": "lr2vq", "m": m} | ({"k": None} if trained else {"k": k, "iterations": 30, "choose": d == m})
+    return {"type": "factorize", "solver": solver, "rank": d}
+
+
+def recipe(assign: str) -> Steps:
+    """Return the training of LR2VQ on the calibration data: no labels, and no more text than other ways have."""
+    made = {"type": "train", "objective": "distillation", "optimizer": {"type": "adamw", "lr": 1e-3}, "steps": 100,
+            "batch_size": 4, "recipe": {"type": "lr2vq", "k": 64, "assign": assign, "pretrain": 0.3}}  # fmt: skip
+    return [made] if assign else []
+
+
 WAYS: dict[str, Steps] = {
     "nf4": [{"type": "quantize", "format": "nf4"}],
     "nf3": [{"type": "quantize", "format": "nf3"}],
     "nf2": [{"type": "quantize", "format": "nf2"}],
+    "nf4 feedback": [{"type": "quantize", "format": "nf4", "rounding": "feedback"}],
+    "nf3 feedback": [{"type": "quantize", "format": "nf3", "rounding": "feedback"}],
+    "nf2 feedback": [{"type": "quantize", "format": "nf2", "rounding": "feedback"}],
+    "lr2vq 4": [codes(2, 256, 2)],
+    "lr2vq 3": [codes(2, 64, 2)],
+    "lr2vq 2": [codes(4, 256, 4)],
+    **{
+        f"lr2vq m{m} d{d} k64{how and f' {how}'}": [codes(m, 64, d, trained=bool(how)), *recipe(how)]
+        for m, d in ((4, 3), (8, 5))
+        for how in ("", "straight_through", "dkm")
+    },
     "int8": [{"type": "quantize", "format": "int8"}],
     "int4": [{"type": "quantize", "format": "int4"}],
     "whitened 0.5": [WHITENED | {"rank": {"params_kept": 0.5}}],
@@ -54,6 +81,8 @@ WAYS: dict[str, Steps] = {
     "slim 2:4": [{"type": "split", "solver": {"type": "slim", "pattern": "2:4"}, **LOW}],
 }
 ASKED = ["nf4", "nf3", "nf2", "whitened 0.5", "lq 4", "lq 2.75", "oats 0.5"]  # by the issue that this is for
+BESIDE = ["nf4 feedback", "nf3 feedback", "nf2 feedback", "lr2vq 4", "lr2vq 3", "lr2vq 2"]
+FREE = ["nf4", "nf3", "nf2", "int8", "int4", "lq 4", "lq 2.75", "loftq nf3"]  # no data, and nothing drawn
 
 
 @dataclass(frozen=True)
@@ -138,9 +167,10 @@ def family_of(way: str) -> str:
     """Return what a way is, as the legend says it: a colour for each."""
     if "+" in way:
         return "factorize, then quantize"
-    return {"nf": "quantize", "in": "quantize", "lq": "low-rank + quantised", "lo": "low-rank + quantised"}.get(
-        way[:2], "low-rank + sparse" if way.startswith(("oats", "slim")) else "factorize"
-    )
+    if "feedback" in way:
+        return "quantize, feedback"
+    families = {"nf": "quantize", "in": "quantize", "lq": "low-rank + quantised", "lo": "low-rank + quantised", "lr": "codes"}
+    return families.get(way[:2], "low-rank + sparse" if way.startswith(("oats", "slim")) else "factorize")
 
 
 def mean_of(rows: list[dict[str, Any]], way: str) -> dict[str, float]:
@@ -165,46 +195,81 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", default=["minilm"], choices=["minilm", "smollm2", "stories260k"])
-    parser.add_argument("--only", nargs="*", default=ASKED, choices=list(WAYS))
+    parser.add_argument("--only", nargs="*", default=ASKED + BESIDE, choices=list(WAYS))
     parser.add_argument("--auto", nargs="*", type=float, default=[], help="further shares of the bytes for auto")
+    parser.add_argument("--no-auto", action="store_true", help="leave out auto at the bytes of every other way")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
-    log = WORK / "bytes.jsonl"
-    known = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
-    for model in options.model:
-        rows: list[dict[str, Any]] = []
-        with tempfile.TemporaryDirectory() as name:
-            subject = subject_of(model, Path(name))
-
-            def run(
-                way: str, seed: int, make: Callable[[], dict[str, Any]], model: str = model, rows: Any = rows
-            ) -> dict[str, Any]:
-                key = {"model": model, "way": way, "seed": seed}
-                row = next((old for old in known if all(old[k] == v for k, v in key.items())), None)
-                if row is None:
-                    row = key | make()
-                    with log.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                rows.append(row)
-                print(row, flush=True)
-                return row
-
-            run("dense", 0, lambda s=subject: {"share": 1.0, "mb": dense_mb(s), "quality": s.quality(s.program)})  # type: ignore[misc]
-            for seed in range(options.first, options.first + options.seeds):
-                for way in options.only:
-                    row = run(way, seed, lambda s=subject, w=way, n=seed: measured(s, WAYS[w], n))  # type: ignore[misc]
-                    run(f"auto = {way}", seed, lambda s=subject, k=row["kept"], n=seed: measured(s, auto(k), n))  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as name:
+        runs = {model: Rows(model, subject_of(model, Path(name)), WORK / "bytes.jsonl") for model in options.model}
+        for runner in runs.values():
+            runner.dense()
+        for seed in range(options.first, options.first + options.seeds):
+            for model, runner in runs.items():
+                for way in sorted(options.only, key=[*ASKED, *WAYS].index):
+                    row = runner.way(way, seed)
+                    if not options.no_auto:
+                        runner.auto(f"auto = {way}", row["kept"], seed)
                 for kept in options.auto:
-                    run(f"auto {kept:g}", seed, lambda s=subject, k=kept, n=seed: measured(s, auto(k), n))  # type: ignore[misc]
-        if options.plot:
-            options.plot.with_stem(f"{options.plot.stem}-{model}").write_text(plot(model, rows, options.only), encoding="utf-8")
-        if options.table:
-            options.table.with_stem(f"{options.table.stem}-{model}").write_text(table(rows), encoding="utf-8")
-        show("quality against bytes", rows, model=model, quality="Spearman (minilm), perplexity (others)")
+                    runner.auto(f"auto {kept:g}", kept, seed)
+                if options.plot:
+                    beside(options.plot, model).write_text(plot(model, runner.rows, options.only), encoding="utf-8")
+                if options.table:
+                    beside(options.table, model).write_text(table(runner.rows), encoding="utf-8")
+    for model, runner in runs.items():
+        show("quality against bytes", runner.rows, model=model, quality="Spearman (minilm), perplexity (others)")
+
+
+def beside(path: Path, model: str) -> Path:
+    return path.with_stem(f"{path.stem}-{model}")
+
+
+class Rows:
+    """The rows of one model: those of the log are read, others are run and logged."""
+
+    def __init__(self, model: str, subject: Subject, log: Path) -> None:
+        self.model, self.subject, self.log = model, subject, log
+        known = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+        self.known = [row for row in known if row["model"] == model]
+        self.rows: list[dict[str, Any]] = []
+
+    def run(self, way: str, seed: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        found = [row for row in self.known if row["way"] == way and row["seed"] == seed]
+        if not found:
+            found = [{"model": self.model, "way": way, "seed": seed} | make()]
+            self.known += found
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found[0]) + "\n")
+        self.rows.append(found[0])
+        print(found[0], flush=True)
+        return found[0]
+
+    def dense(self) -> None:
+        subject = self.subject
+        self.run(
+            "dense", 0, lambda: {"share": 1.0, "mb": dense_mb(subject), "quality": subject.quality(subject.program)}
+        )  # fmt: skip
+
+    def way(self, way: str, seed: int) -> dict[str, Any]:
+        """Run a way; one without data for the first seed alone."""
+        other = next((row for row in self.known if way in FREE and row["way"] == way), None)
+        return self.run(way, seed, lambda: values(other) if other else measured(self.subject, WAYS[way], seed))
+
+    def auto(self, way: str, kept: float, seed: int) -> dict[str, Any]:
+        """Run `auto` at a share of the bytes, once for ways of the same size."""
+        same = [row for row in self.known if row["way"].startswith("auto") and row["seed"] == seed and row.get("asked") == kept]
+        return self.run(
+            way, seed, lambda: values(same[0]) if same else {"asked": kept} | measured(self.subject, auto(kept), seed)
+        )  # fmt: skip
+
+
+def values(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what was measured of a row."""
+    return {name: value for name, value in row.items() if name not in ("model", "way", "seed")}
 
 
 def dense_mb(subject: Subject) -> float:

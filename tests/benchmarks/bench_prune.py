@@ -1,15 +1,14 @@
-"""Structured pruning by half: speed against a dense model of that width, and quality.
+"""Structured pruning by half: speed against a dense model of that width, the masked model, and quality.
 
-    python tests/benchmarks/bench_prune.py [--models resnet20 minilm stories260k gpt2] [--kept 0.5]
-        [--torch-pruning] [--no-speed]
-    python tests/benchmarks/bench_prune.py --loraprune [--steps 200]
+    python tests/benchmarks/bench_prune.py [--models minilm stories260k gpt2 smollm2] [--kept 0.5] [--no-speed]
 
-The dense model of that width is the pruned one with torch's own layers of the same sizes; speed is eager and ONNX Runtime, as
-the ratio of the medians (1: as fast; the bar is 0.95). gpt2 is a random model of 4 layers, since no weights of one are at hand.
-resnet20: CIFAR test accuracy before and after the norms' statistics are measured again, at equal FLOPs by `torch-pruning` too
-(`pip install --no-deps torch-pruning`). stories260k: perplexity of its last stories; minilm: Spearman on the dev split
-of STS-B. --loraprune: perplexity of the small Llama at 20 % and 50 % pruned, by the recipe `loraprune` and by pruning by
-magnitude, Wanda's or Taylor's scores before the same steps of LoRA.
+`difference` is the largest one between the outputs of the pruned model and of the dense one with zeros in those places,
+relative to the largest output. The dense model of that width is the pruned one with torch's own layers of the same sizes;
+speed is eager and ONNX Runtime, one thread, as the ratio of the medians of interleaved runs in CPU time (1: as fast; the bar
+is 0.95). `tokens` says whether `generate` of the pruned and of the masked model say the same.
+stories260k: perplexity of its five stories, calibrated on texts that it wrote itself. minilm: Spearman on the dev split of
+STS-B, calibrated on 256 sentences. smollm2: perplexity of two windows of 512 tokens of WikiText-2, calibrated on 16 windows,
+one criterion. gpt2: a random model of 4 layers, since no weights of one are at hand. ResNet-20: bench_prune_images.py.
 """
 
 import argparse
@@ -17,6 +16,7 @@ import csv
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 from bench_minilm_quality import score
-from common import WORK, minilm, shared, show
-from images import accuracy, cifar, resnet20
+from common import ROOT, WORK, minilm, shared, show, smollm2
+from lrc_passes.pruners import structured
+from told import told
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,9 +35,13 @@ import lrc
 from lrc.lower.ort import OrtRunner
 from lrc.maps import Conv, Dense
 from lrc.program.capture import capture_module
-from lrc.run.flops import count_flops
+from lrc.program.dependency import cut_units
+from lrc.program.graft import graft
 
-RUNS = 30
+sys.path.append(str(ROOT / "tests" / "prune"))
+from nets import masked  # the model with zeros, as the tests have it
+
+ROUNDS = 40
 CRITERIA = ("magnitude", "wanda", "taylor")
 
 
@@ -57,15 +62,15 @@ def stock(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def seconds(pairs: tuple[Callable[[], Any], Callable[[], Any]]) -> float:
-    """Return how much faster the first of two runs is, from medians of interleaved runs."""
+def ratio(ours: Callable[[], Any], dense: Callable[[], Any]) -> float:
+    """Return how much faster the first of two runs is: CPU time of this thread, medians of interleaved runs."""
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(RUNS):
-        for run, kept in zip(pairs, times, strict=True):
-            start = time.perf_counter()
+    for turn in range(ROUNDS):
+        for run, kept in zip((ours, dense), times, strict=True) if turn % 2 else ((dense, times[1]), (ours, times[0])):
+            start = time.thread_time()
             run()
-            kept.append(time.perf_counter() - start)
-    return statistics.median(times[1]) / statistics.median(times[0])
+            kept.append(time.thread_time() - start)
+    return round(statistics.median(times[1]) / statistics.median(times[0]), 3)
 
 
 @torch.no_grad()
@@ -73,7 +78,7 @@ def speed(done: lrc.Compiled, inputs: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the speed of a pruned model over that of a dense one of its width: eager, and ONNX Runtime."""
     ours, dense = done.graft().eval(), stock(done.graft())
     fixed = {"use_cache": False} if hasattr(ours, "config") else {}
-    found = {"eager": seconds((lambda: ours(**inputs, **fixed), lambda: dense(**inputs, **fixed)))}
+    found = {"eager": ratio(lambda: ours(**inputs, **fixed), lambda: dense(**inputs, **fixed))}
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / "pruned" / "model.onnx", Path(folder) / "dense" / "model.onnx"]
         for path in paths:
@@ -84,9 +89,12 @@ def speed(done: lrc.Compiled, inputs: Mapping[str, Tensor]) -> dict[str, float]:
         lrc.compile(twin, {"version": 1, "passes": [{"type": "merge", "optional": True}]}).to_onnx(
             paths[1], cache=False if fixed else None
         )
-        runners = [OrtRunner(path) for path in paths]
-        found["onnx"] = seconds((lambda: runners[0](**inputs), lambda: runners[1](**inputs)))
-    return {name: round(value, 3) for name, value in found.items()}
+        runners = [OrtRunner(path, threads=1) for path in paths]
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        outputs = [next(iter(runner(**arrays).values())) for runner in runners]
+        found["onnx_difference"] = float(f"{abs(outputs[0] - outputs[1]).max() / abs(outputs[1]).max():.1e}")
+        found["onnx"] = ratio(lambda: runners[0](**arrays), lambda: runners[1](**arrays))
+    return found
 
 
 def prune(program: Any, calibration: Any, amount: Mapping[str, float], criterion: str, **options: Any) -> lrc.Compiled:
@@ -96,69 +104,33 @@ def prune(program: Any, calibration: Any, amount: Mapping[str, float], criterion
     return lrc.compile(program, spec, calibration=calibration, cache=WORK / "cache", **options)
 
 
-def flops_of(program: Any, images: Tensor) -> float:
-    """Return the FLOPs of one image."""
-    return float(count_flops(program, {next(iter(program.inputs.examples)): images[:1]}))
+@torch.no_grad()
+def checked(make: Callable[[], lrc.Compiled], inputs: Mapping[str, Tensor]) -> tuple[lrc.Compiled, dict[str, Any]]:
+    """Prune, and return how far the result is from the same model with zeros, in outputs and in tokens."""
+    kept: list[Any] = []
+
+    def watched(program: Any, groups: Any, gone: Any, by: str) -> list[str]:
+        kept.append(masked(program, groups, gone))
+        return cut_units(program, groups, gone, by)
+
+    structured.cut_units = watched
+    try:
+        done = make()
+    finally:
+        structured.cut_units = cut_units
+    ours, zeros = (next(iter(run(**inputs).values())) for run in (done.program, kept[0]))
+    found: dict[str, Any] = {"difference": float(f"{float((ours - zeros).abs().max() / zeros.abs().max()):.1e}")}
+    if done.program.task == "text-generation":
+        models = (done.graft().eval(), graft(kept[0]).eval())
+        told = [m.generate(inputs["input_ids"][:, :12], max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+                for m in models]  # fmt: skip
+        found["tokens"] = bool((told[0] == told[1]).all())
+    return done, found
 
 
-def bench_resnet20(kept: float, compare: bool, timed: bool) -> list[dict[str, Any]]:
-    model = resnet20()
-    images, labels = cifar("test_2000")
-    given, _ = cifar("train_1000")
-    calibration = [{"x": given[i : i + 100]} for i in range(0, 1000, 100)]
-    program = lrc.capture(model, inputs=[given[:4]])
-    name = next(iter(program.inputs.examples))
-    calibration = [{name: batch["x"]} for batch in calibration]
-    dense = flops_of(program, given)
-    rows: list[dict[str, Any]] = [{"model": "resnet20", "way": "dense", "top1": round(accuracy(model, images, labels), 4)}]
-    for criterion in CRITERIA:
-        for allocate in ("uniform", "global"):
-            made = [
-                prune(program, calibration, {"flops_kept": kept}, criterion, method={"allocate": allocate}, then=then)
-                for then in ([], [{"type": "reestimate_norms"}])
-            ]
-            rows.append({
-                "model": "resnet20", "way": f"{criterion} {allocate}",
-                "flops": round(flops_of(made[0].program, given) / dense, 3),
-                "top1": round(accuracy(made[0].module, images, labels), 4),
-                "top1_norms_again": round(accuracy(made[1].module, images, labels), 4),
-                **(speed(made[0], {name: given[:32]}) if timed else {}),
-            })  # fmt: skip
-    if compare:
-        rows.append(torch_pruning(kept, given, images, labels, dense))
-    return rows
-
-
-def torch_pruning(kept: float, given: Tensor, images: Tensor, labels: Tensor, dense: float) -> dict[str, Any]:
-    """Return the accuracy of torch-pruning's group magnitude at the same FLOPs.
-
-    The channels between the two convolutions of a block alone: it does not follow those of a shortcut padded by zeros.
-    """
-    import torch_pruning as tp  # type: ignore[import-not-found]  # only for this comparison
-
-    low, high = 0.0, 0.9
-    best: nn.Module | None = None
-    for _ in range(8):
-        ratio = (low + high) / 2
-        model = resnet20()
-        kept_whole = [m for name, m in model.named_modules() if name in ("conv1", "linear") or name.endswith("conv2")]
-        tp.pruner.MagnitudePruner(
-            model,
-            given[:1],
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=ratio,
-            ignored_layers=kept_whole,
-        ).step()
-        flops = flops_of(lrc.capture(model.eval(), inputs=[given[:4]]), given) / dense
-        low, high = (low, ratio) if flops <= kept else (ratio, high)
-        best = model if flops <= kept else best
-    assert best is not None, "some ratio meets the budget"
-    made = lrc.compile(best.eval(), {"version": 1, "passes": [{"type": "reestimate_norms"}]}, inputs=[given[:4]],
-                       calibration=[(given[i : i + 100],) for i in range(0, 1000, 100)], cache=WORK / "cache")  # fmt: skip
-    return {
-        "model": "resnet20", "way": "torch-pruning magnitude", "flops": round(flops_of(made.program, given) / dense, 3),
-        "top1": round(accuracy(best, images, labels), 4), "top1_norms_again": round(accuracy(made.module, images, labels), 4),
-    }  # fmt: skip
+def row(**found: Any) -> dict[str, Any]:
+    print(json.dumps(found), file=sys.stderr, flush=True)
+    return found
 
 
 def bench_folder(name: str, kept: float, timed: bool) -> list[dict[str, Any]]:
@@ -171,30 +143,37 @@ def bench_folder(name: str, kept: float, timed: bool) -> list[dict[str, Any]]:
         folder = WORK / "gpt2_random"
         model.save_pretrained(folder)
     else:
-        folder = minilm() if name == "minilm" else shared(name)
+        folder = {"minilm": minilm, "smollm2": smollm2}[name]() if name in ("minilm", "smollm2") else shared(name)
     program = lrc.capture(str(folder))
     ids = torch.randint(3, 400, (1, 128), generator=torch.Generator().manual_seed(0))
     inputs = {key: (ids if key == "input_ids" else torch.ones_like(ids) if key == "attention_mask" else torch.zeros_like(ids))
               for key in program.inputs.examples}  # fmt: skip
-    rows: list[dict[str, Any]] = [{"model": name, "way": "dense", **quality(name, program)}]
-    for criterion in CRITERIA if name in CALIBRATED else CRITERIA[:1]:
-        for allocate in ("uniform", "global") if name in CALIBRATED else ("uniform",):
+    rows = [row(model=name, way="dense", **quality(name, program, folder))]
+    given = CALIBRATED[name](folder) if name in CALIBRATED else None
+    for criterion in ("wanda",) if name == "smollm2" else CRITERIA if name in CALIBRATED else CRITERIA[:1]:
+        for allocate in ("uniform",) if name in ("smollm2", "gpt2") else ("uniform", "global"):
             options = {"targets": ["layers:[0-9999]"], "method": {"allocate": allocate}}
-            given = CALIBRATED[name](folder) if name in CALIBRATED else None
-            done = prune(program, given, {"width_kept": kept}, criterion, **options)
+            done, more = checked(lambda: prune(program, given, {"params_kept": kept}, criterion, **options), inputs)  # noqa: B023
+            if timed and allocate == "uniform" and criterion == ("wanda" if name == "smollm2" else "magnitude"):
+                more |= speed(done, inputs)
             before, after = (sum(getattr(d, when).parameters for d in done.plan.decisions) for when in ("before", "after"))
-            rows.append({
-                "model": name, "way": f"{criterion} {allocate}", "params_kept": round(after / before, 3),
-                **quality(name, done.program), **(speed(done, inputs) if timed else {}),
-            })  # fmt: skip
+            rows.append(row(model=name, way=f"{criterion} {allocate}", params_kept=round(after / before, 3),
+                            **quality(name, done.program, folder), **more))  # fmt: skip
     return rows
 
 
 def windows(folder: Path) -> list[dict[str, Tensor]]:
-    """Return windows of 128 tokens of the first four stories."""
-    stories = json.loads((folder / "tinystories_sample_ids.json").read_text(encoding="utf-8"))
-    starts = [(story, i) for story in stories[:4] for i in range(0, len(story) - 127, 128)]
-    return [{"input_ids": torch.tensor([story[i : i + 128]])} for story, i in starts]
+    """Return 128 of the texts that stories260k wrote itself, 8 a batch."""
+    return [{"input_ids": part} for part in torch.tensor(told(folder)[:128]).split(8)]
+
+
+def wiki(folder: Path, split: str = "valid", count: int = 16) -> list[dict[str, Tensor]]:
+    """Return windows of 512 tokens of WikiText-2."""
+    from transformers import AutoTokenizer
+
+    text = shared(f"wikitext2/wiki.{split}.tokens").read_text(encoding="utf-8")[: 4000 * count]
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][0, : 512 * count]
+    return [{"input_ids": part} for part in ids.reshape(-1, 1, 512)]
 
 
 def texts(folder: Path) -> list[dict[str, Tensor]]:
@@ -207,16 +186,19 @@ def texts(folder: Path) -> list[dict[str, Tensor]]:
     return [dict(tokenizer(found[i : i + 16], padding=True, return_tensors="pt")) for i in range(0, 256, 16)]
 
 
-CALIBRATED: Mapping[str, Callable[[Path], list[dict[str, Tensor]]]] = {"stories260k": windows, "minilm": texts}
+CALIBRATED: Mapping[str, Callable[[Path], list[dict[str, Tensor]]]] = {"stories260k": windows, "minilm": texts, "smollm2": wiki}
 
 
-def quality(name: str, runner: Any) -> dict[str, float]:
+def quality(name: str, runner: Any, folder: Path) -> dict[str, float]:
     """Return the perplexity or the correlation that a model is judged by."""
     if name == "minilm":
         return {"spearman": round(score(runner, "dev"), 4)}
     if name == "stories260k":
         stories = json.loads((shared(name) / "tinystories_sample_ids.json").read_text(encoding="utf-8"))
-        return {"perplexity": round(perplexity(runner, stories[4:]), 3)}
+        return {"perplexity": round(perplexity(runner, stories), 3)}
+    if name == "smollm2":
+        held = [batch["input_ids"][0].tolist() for batch in wiki(folder, "test", 2)]
+        return {"perplexity": round(perplexity(runner, held), 2)}
     return {}
 
 
@@ -230,60 +212,17 @@ def perplexity(runner: Any, stories: list[list[int]]) -> float:
     return math.exp(total / count)
 
 
-def bench_loraprune(steps: int) -> list[dict[str, Any]]:
-    folder = shared("stories260k")
-    stories = json.loads((folder / "tinystories_sample_ids.json").read_text(encoding="utf-8"))
-    program = lrc.capture(str(folder))
-    calibration = windows(folder)
-    layers = ["layers:[0-9999]"]
-    adapt = {"type": "adapt", "targets": layers, "method": "lora", "rank": 8, "alpha": 16}
-    train = {
-        "type": "train",
-        "objective": "causal_lm",
-        "steps": steps,
-        "batch_size": 4,
-        "optimizer": {"type": "adamw", "lr": 1e-3},
-    }
-    rows: list[dict[str, Any]] = [{"way": "dense", "perplexity": round(perplexity(program, stories[4:]), 3)}]
-    for gone in (0.2, 0.5):
-        ways: dict[str, list[Any]] = {
-            "loraprune": [
-                adapt,
-                {**train, "recipe": {"type": "loraprune", "width_kept": 1 - gone, "skip_first": 0.0, "skip_last": 0}},
-            ]
-        }
-        for criterion in CRITERIA:
-            method = {"type": "structured", "criterion": criterion, "amount": {"width_kept": 1 - gone}}
-            ways[criterion] = [{"type": "prune", "targets": layers, "method": method}, adapt, train]
-        for way, passes in ways.items():
-            done = lrc.compile(program, {"version": 1, "passes": passes}, calibration=calibration, cache=WORK / "cache")
-            rows.append({"way": way, "pruned": gone, "perplexity": round(perplexity(done.program, stories[4:]), 3),
-                         "parameters": done.plan.parameters[1]})  # fmt: skip
-    factors = sum(8 * sum(site.shape) for fqn, site in program.sites.items() if ".layers." in fqn)
-    whole = sum(site.out_features * site.in_features for fqn, site in program.sites.items() if ".layers." in fqn)
-    rows.append({"way": "gradients held", "loraprune_numbers": factors, "taylor_numbers": whole})
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=["resnet20", "minilm", "stories260k", "gpt2"])
-    parser.add_argument("--kept", type=float, default=0.5)
-    parser.add_argument("--torch-pruning", action="store_true")
+    parser.add_argument("--models", nargs="*", default=["minilm", "stories260k", "gpt2"])
+    parser.add_argument("--kept", type=float, nargs="*", default=[0.5])
     parser.add_argument("--no-speed", action="store_true")
-    parser.add_argument("--loraprune", action="store_true")
-    parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
-    if options.loraprune:
-        show("LoRAPrune on stories260k", bench_loraprune(options.steps), steps=options.steps)
-        return
+    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name in options.models:
-        timed = not options.no_speed
-        images = name == "resnet20"
-        rows += (
-            bench_resnet20(options.kept, options.torch_pruning, timed) if images else bench_folder(name, options.kept, timed)
-        )
+        for kept in options.kept:
+            rows += bench_folder(name, kept, not options.no_speed)
     show("structured pruning", rows, kept=options.kept)
 
 

@@ -1,13 +1,17 @@
 """Maps that store their weight packed: quantised ones and sparse ones."""
 
 import json
+import warnings
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_maps import randn
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from lrc.formats import FORMATS, support_of
 from lrc.maps import Chain, LinearMap, Quantized, Sparse, Sum, fold, restore, simplify
@@ -201,6 +205,37 @@ def test_no_dense_weight_is_kept_for_the_backward(pattern: str) -> None:
     if isinstance(rest, Sparse):
         rest.values.requires_grad_(False)
         assert kept_for_backward(made, x) == 5 * 4
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_compiler_keeps_packed_numbers_for_the_backward(name: str) -> None:
+    kept: list[list[tuple[int, ...]]] = []
+
+    def forward_graph(graph: fx.GraphModule, _: Any) -> Any:
+        (outputs,) = graph.graph.find_nodes(op="output")
+        kept.append([tuple(node.meta["val"].shape) for node in outputs.args[0]])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward_graph, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )  # fmt: skip
+    made = Sum(
+        Chain(randn(64, 4, seed=3).float(), randn(4, 96, seed=4).float()),
+        Quantized.of(randn(64, 96, seed=1).float(), FORMATS[name], torch.zeros(64)),
+    )
+    x = randn(5, 96, seed=5).float().requires_grad_()
+    given = [x, *made.parameters()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        torch._dynamo.reset()
+        found = torch.compile(made, backend=backend, fullgraph=True)(x)
+    assert (64, 96) not in kept[0]
+    assert (96, 64) not in kept[0]
+    for one, other in zip(
+        torch.autograd.grad(found.square().sum(), given), torch.autograd.grad(made(x).square().sum(), given), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_packed_maps_work_under_autocast_and_vmap() -> None:

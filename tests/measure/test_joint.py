@@ -75,7 +75,7 @@ def test_joint_moments_are_one_product_of_both_uses(tmp_path: Path) -> None:
     assert torch.allclose(found.fisher, fisher, rtol=1e-5)  # type: ignore[arg-type]
     assert torch.allclose(found.gram, columns, rtol=1e-5)  # type: ignore[arg-type]
     assert found.mean is found.weighted_gram is None
-    again = collect(program, batches(), ["head"], ALL, cache=cache, key="k")["head"]
+    again = collect(program, batches(), ["head"], ALL, fisher="outputs", seed=5, cache=cache, key="k")["head"]
     assert torch.equal(again.fisher, found.fisher)  # type: ignore[arg-type]
     assert torch.equal(again.gram, found.gram)  # type: ignore[arg-type]
 

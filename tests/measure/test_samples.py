@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lrc.errors import SiteError
 from lrc.measure import Cache, collect
 from lrc.measure.cotangents import cotangent
+from lrc.measure.stored import PARTS
 from lrc.program import Program
 from lrc.program.capture import capture_module
 from lrc.program.readout import readout
@@ -220,6 +221,24 @@ def test_what_was_measured_is_read_from_the_cache(doubled: Get, tmp_path: object
                 one, other = getattr(first[fqn], part.name), getattr(read[fqn], part.name)
                 assert (one is None) == (other is None)
                 assert one is None or torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+def test_what_was_measured_with_others_is_read_alone(doubled: Get, tmp_path: object) -> None:
+    program, cache = doubled("llama"), Cache(str(tmp_path))
+    fqns = [fqn for fqn, site in program.sites.items() if site.kind == "linear"]
+    every = collect(program, batches(inputs_for("llama", 2, 5)), fqns, frozenset(Need), cache=cache, key="k")
+    for need in Need:
+        one = collect(program, batches(), fqns, frozenset({need}), cache=cache, key="k")  # no batch: nothing can be measured
+        for fqn in fqns:
+            for name in PARTS[need]:
+                assert torch.equal(getattr(one[fqn], name), getattr(every[fqn], name))
+            assert one[fqn].tokens == every[fqn].tokens
+    walked: list[int] = []
+    collect(
+        program, batches(inputs_for("llama", 2, 5)), fqns, frozenset({Need.GRADIENTS}), draws=2, cache=cache, key="k",
+        progress=lambda done, total: walked.append(done),
+    )  # fmt: skip
+    assert walked  # gradients of another number of draws are others
 
 
 def test_half_precision_gradients_are_multiplied_in_float32() -> None:

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nets import group_of
 from torch import Tensor, nn
 
 import lrc
-from lrc.errors import UsageError
+from lrc.errors import TrainError, UsageError
 from lrc.program.dependency import find_groups
 from lrc.solvers.lora_guided import guided_entries, guided_gradient, kept_units, pruned_share
 
@@ -42,14 +43,27 @@ def mlps() -> Mlps:
     return Mlps().eval()
 
 
-def trained(recipe: dict[str, Any], *, steps: int = 20, adapt: Any = "{up,gate,down}.*", then: Any = ()) -> lrc.Compiled:
-    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
+def trained(
+    recipe: dict[str, Any], *, steps: int = 20, adapt: Any = "{up,gate,down}.*", then: Any = (), **options: Any
+) -> lrc.Compiled:
+    x, noise = (torch.randn(32, n, generator=torch.Generator().manual_seed(n)) for n in (6, 4))
+    model = mlps()
+    with torch.no_grad():
+        np.savez("t.npz", x=x.numpy(), labels=(model(x) + 0.1 * noise).numpy())
     passes = [
         {"type": "adapt", "targets": [adapt], "method": "lora", "rank": 3, "alpha": 6},
-        {"type": "train", "objective": "distillation", "steps": steps, "batch_size": 8, "recipe": recipe},
+        {
+            "type": "train",
+            "data": "t.npz",
+            "objective": "regression",
+            "steps": steps,
+            "batch_size": 8,
+            "recipe": recipe,
+            **options,
+        },
         *then,
     ]
-    return lrc.compile(mlps(), {"version": 1, "passes": passes}, inputs=[x[:4]], calibration=[(x,)], cache=Path("cache"))
+    return lrc.compile(model, {"version": 1, "passes": passes}, inputs=[x[:4]], calibration=[(x,)], cache=Path("cache"))
 
 
 def test_the_gradient_estimate_is_the_change_of_the_product() -> None:
@@ -124,6 +138,86 @@ def test_the_cut_module_is_the_masked_one(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(done.program(x)["output"], seen["masked"], rtol=0, atol=1e-6)
     groups = find_groups(done.program)
     assert group_of(groups, "up.0").units == 6
+
+
+def test_a_validation_prefers_no_state_that_is_not_pruned_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole modules do better than narrow ones, and are not what the run ends with."""
+    from lrc.train.recipes.loraprune import GuidedPruning
+
+    seen: list[GuidedPruning] = []
+    show = GuidedPruning.show
+    monkeypatch.setattr(GuidedPruning, "show", lambda self: (seen.append(self), show(self))[1])
+    recipe = {"type": "loraprune", "width_kept": 0.5, "every": 2, "skip_first": 0.0, "skip_last": 0}
+    done = trained(recipe, validation={"data": "t.npz", "every": 2})
+    (row,) = done.training
+    judged = {step["step"]: step["validation"] for step in row["history"] if "validation" in step}
+    pruned = {step: value for step, value in judged.items() if step >= 18}
+    assert min(judged.values()) < min(pruned.values())
+    assert row["best_step"] == min(pruned, key=lambda step: pruned[step])
+    assert all(int(mask.sum()) == 6 for mask in seen[-1].masks.values())
+
+
+def test_the_importance_is_the_running_mean_of_every_modules_scores_over_their_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written out anew from the factors and their gradients; a step with a score that is not a number is left out."""
+    from lrc.train.recipes.loraprune import GuidedPruning
+
+    wanted: dict[str, Tensor] = {}
+    steps = []
+    graded = GuidedPruning.graded
+
+    def watched(self: GuidedPruning, done: int) -> None:
+        spoiled = done == 4
+        if spoiled:
+            self.factors["up.0"][1].grad[0, 0] = torch.nan  # type: ignore[index]
+        for i in range(3):
+            found = torch.zeros(12)
+            for name, axis in ((f"up.{i}", 1), (f"gate.{i}", 1), (f"down.{i}", 0)):
+                A, B = self.factors[name]
+                assert A.grad is not None
+                assert B.grad is not None
+                estimate = B @ A - (B - B.grad) @ (A - A.grad)
+                scores = (estimate * self.program.map_of(name).dense().weight).abs().sum(axis)
+                found += scores / (scores.norm() + 1e-8)
+            if bool(found.isfinite().all()):
+                wanted[f"up.{i}"] = 0.9 * wanted.get(f"up.{i}", torch.zeros(12)) + 0.1 * found.detach()
+        graded(self, done)
+        for name in self.groups:
+            torch.testing.assert_close(self.importance[name], wanted[name], rtol=1e-4, atol=1e-6)
+        if spoiled:
+            self.factors["up.0"][1].grad[0, 0] = 0  # type: ignore[index]
+        steps.append(done)
+
+    monkeypatch.setattr(GuidedPruning, "graded", watched)
+    trained({"type": "loraprune", "width_kept": 0.5, "every": 3, "skip_first": 0.0, "skip_last": 0}, steps=8)
+    assert steps == list(range(8))
+
+
+def test_heads_of_a_decoder_go_with_their_queries_and_the_rest_is_what_the_formula_says(llama: Path, data: Path) -> None:
+    """Two of four queries share each key: q, k, v and o lose the same heads, in whole heads."""
+    passes = [
+        {"type": "adapt", "targets": ["layers:[0-9]"], "method": "lora", "rank": 2, "alpha": 4},
+        {"type": "train", "objective": "causal_lm", "steps": 4, "batch_size": 2,
+         "data": {"dataset": str(data / "stream.txt"), "max_length": 12},
+         "recipe": {"type": "loraprune", "width_kept": 0.5, "every": 1, "skip_first": 0.0, "skip_last": 0}},
+        {"type": "merge"},
+    ]  # fmt: skip
+    done = lrc.compile(str(llama), {"version": 1, "passes": passes}, cache=Path("cache"))
+    shapes = {
+        fqn.split(".")[-1]: (site.out_features, site.in_features) for fqn, site in done.program.sites.items() if "layers" in fqn
+    }
+    hidden, size, inner = 32, 8, 48
+    assert shapes == {
+        "q_proj": (2 * size, hidden), "k_proj": (size, hidden), "v_proj": (size, hidden), "o_proj": (hidden, 2 * size),
+        "gate_proj": (inner // 2, hidden), "up_proj": (inner // 2, hidden), "down_proj": (hidden, inner // 2),
+    }  # fmt: skip
+    blocks = sum(site.map.cost().parameters for fqn, site in done.program.sites.items() if "layers" in fqn)
+    assert blocks == (2 * 2 + 2) * size * hidden + 3 * hidden * inner // 2
+
+
+def test_a_model_that_is_its_own_teacher_has_nothing_to_prune_by() -> None:
+    """Adapters start at zero, so that the loss and every gradient are zero until something is pruned."""
+    with pytest.raises(TrainError, match=r"no gradient has reached the adapters of up\.\d: no unit tells from another"):
+        trained({"type": "loraprune", "width_kept": 0.5, "skip_first": 0.0}, data=None, objective="distillation")
 
 
 def test_without_adapters_on_all_linears_of_a_group_it_is_refused() -> None:

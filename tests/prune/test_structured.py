@@ -5,14 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from lrc_passes.pruners.unit_scores import by_gates
+from lrc_passes.pruners.widths import Widths
 from nets import image_program, masked, net
 from torch import Tensor, nn
 
 import lrc
 from lrc.errors import SpecError, UsageError
 from lrc.program.capture import capture_module
-from lrc.program.dependency import find_groups
+from lrc.program.dependency import Group, Member, find_groups
 from lrc.solvers import Moments
 from lrc.solvers.scores import SCORES
 
@@ -71,12 +74,38 @@ def test_the_weakest_units_go(criterion: str) -> None:
 
 
 def test_scores_of_a_linear_are_their_formulas() -> None:
-    W, x, g = torch.randn(5, 3), torch.randn(40, 3).double(), torch.randn(5, 3)
+    W, x = torch.randn(5, 3), torch.randn(40, 3).double()
     moments = Moments(gram=x.T @ x / 40)
-    torch.testing.assert_close(SCORES["magnitude"].entries(W, moments, None), W**2)
-    torch.testing.assert_close(SCORES["taylor"].entries(W, moments, g), (W * g).abs())
-    wanda = SCORES["wanda"].entries(W, moments, None).sqrt() * 40**0.5
-    torch.testing.assert_close(wanda, W.abs() * x.norm(dim=0).float())
+    magnitude, wanda = (SCORES[name].entries for name in ("magnitude", "wanda"))
+    assert magnitude is not None
+    assert wanda is not None
+    torch.testing.assert_close(magnitude(W, moments), W**2)
+    torch.testing.assert_close(wanda(W, moments).sqrt() * 40**0.5, W.abs() * x.norm(dim=0).float())
+
+
+def test_taylor_is_the_squared_change_by_all_readers_of_a_unit_together() -> None:
+    """Readers of the same rows act together, signs and all; readers of others are added as squares."""
+    index = np.array([[0, 1], [2, 3]])
+    members = (
+        Member(("site", "up", "out"), index), Member(("site", "a", "in"), index), Member(("site", "b", "in"), index),
+        Member(("site", "pooled", "in"), index),
+    )  # fmt: skip
+    group = Group("up", "features", 2, members)
+    a, b, pooled = torch.randn(6, 4), torch.randn(6, 4), torch.randn(2, 4)
+    found = by_gates([group], [{"a": a, "b": b, "pooled": pooled}])["up"]
+    together = (a + b).double().reshape(6, 2, 2).sum(2).square().sum(0)
+    torch.testing.assert_close(found, together + pooled.double().reshape(2, 2, 2).sum(2).square().sum(0))
+
+
+def test_over_all_groups_taylor_compares_units_for_their_cost_and_the_others_within_their_group() -> None:
+    """Both groups have the same pattern of scores, one on a hundredth of the scale."""
+    groups = [Group(name, "features", 4, ()) for name in ("large", "small")]
+    scores = {"large": torch.tensor([1.0, 2.0, 3.0, 4.0]), "small": torch.tensor([0.01, 0.02, 0.03, 0.04])}
+    widths = Widths(tiny.captured_mlp(), None, groups, scores, {"large": 4, "small": 4}, [])  # type: ignore[arg-type]
+    cost = {"large": 1000.0, "small": 1.0}
+    at = {a: widths.by_importance(lambda kept: sum(cost[n] * k for n, k in kept.items()), 1, absolute=a) for a in (True, False)}
+    assert at[False](0.5) == {"large": 2, "small": 2}
+    assert at[True](0.5) == {"large": 1, "small": 4}, "a thousandth of the cost for a hundredth of the loss"
 
 
 def test_merging_afterwards_leaves_the_masked_models_output() -> None:

@@ -51,6 +51,16 @@ def test_fraction_and_breakeven_ranks_round_down_and_keep_at_least_one(shape: tu
         assert breakeven_rank(site, BreakevenRank(breakeven=percent / 100)) == max(1, percent * m * n // (100 * (m + n)))
 
 
+@pytest.mark.parametrize(("m", "n", "rank"), [(768, 768, 96), (3072, 768, 153), (768, 3072, 153)])
+def test_a_quarter_of_the_break_even_rank_is_that_of_greenformers(m: int, n: int, rank: int) -> None:
+    """Its limits are 384 and 614; a rank of 400, or of the limit itself where that saves nothing, leaves the layer alone."""
+    assert breakeven_rank(curve(m, n), BreakevenRank(breakeven=0.25)) == rank
+    limit = m * n // (m + n)
+    dense = m * n
+    assert product_size(m, n, limit, "two_factor") <= dense < product_size(m, n, limit + 1, "two_factor")
+    assert (product_size(m, n, limit, "two_factor") == dense) == (m == n)
+
+
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_sizes_follow_their_formulas(m: int, n: int) -> None:
     for rank in range(1, min(m, n) + 1):

@@ -209,6 +209,6 @@ def test_an_impossible_budget_says_what_is_the_least() -> None:
 
 
 def test_the_names_are_listed() -> None:
-    from lrc.run.describe import names
+    from lrc.run.catalogue import names
 
     assert {"lq", "loftq", "oats", "slim", "godec", "pcp", "sltrain"} <= set(names("splitters")["splitters"])

@@ -16,9 +16,11 @@ from torch import Tensor
 
 import lrc
 from lrc.api import Compiled, compile_to_folder
+from lrc.data import Request
 from lrc.errors import DataError, LrcError, SpecError, TrainError, UsageError
 from lrc.program import Program
 from lrc.run.prepare import prepare, replace_task
+from lrc.train.data import TrainData, load_examples
 
 FACTORIZE = {"type": "factorize", "targets": [LAYERS], "solver": "svd", "rank": {"fraction": 0.25}, "form": "two_factor"}
 SQUEEZE = {"type": "factorize", "solver": "svd", "rank": {"fraction": 0.25}, "form": "two_factor"}
@@ -153,6 +155,26 @@ def test_updates_inside_the_backward_pass_train_the_same(tmp_path: Path) -> None
         )  # fmt: skip
         found.append(weights(compiled(captured_mlp(), tmp_path, SQUEEZE, options, allow_code=True)))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "galore", "proximal_adamw", "sgd"])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_parameters_that_a_pattern_matches_learn_at_a_multiple_of_the_rate(
+    optimizer: str, per_layer: bool, tmp_path: Path
+) -> None:
+    given = {"clip": None, "per_layer": per_layer, "optimizer": {"type": optimizer, "lr": 1e-4}, "steps": 1}
+    before, plain, faster = (
+        weights(compiled(captured_mlp(), tmp_path, SQUEEZE, *passes, allow_code=True))
+        for passes in (
+            (), (train(Path("tiny:calibration_of_mlp"), **given),),
+            (train(Path("tiny:calibration_of_mlp"), **given, lr_factors={"**.B": 3.0, "**.A": 2.0, "up.A": 1.0}),),
+        )
+    )  # fmt: skip
+    moved = [name for name in before if not torch.equal(before[name], plain[name])]
+    assert {name.rsplit(".", 1)[-1] for name in moved} >= {"A", "B"}
+    for name in moved:
+        factor = 3.0 if name.endswith(".B") else 2.0 if name.endswith(".A") and name != "up.A" else 1.0
+        assert torch.allclose(faster[name] - before[name], factor * (plain[name] - before[name]), rtol=2e-2, atol=1e-7), name
 
 
 def test_objectives_with_labels(encoder: Program, data: Path, tmp_path: Path) -> None:
@@ -327,6 +349,8 @@ def test_what_cannot_be_trained_is_refused_with_the_place_and_the_remedy(tmp_pat
         UsageError, "selects no parameter", program, SQUEEZE, train(here, parameters="adapters"), tmp=tmp_path, allow_code=True
     )
     refused(UsageError, "matches no parameter", program, SQUEEZE, train(here, also=["head.*"]), tmp=tmp_path, allow_code=True)
+    factors = train(here, lr_factors={"head.*": 2.0})
+    refused(UsageError, "matches no trained parameter", program, SQUEEZE, factors, tmp=tmp_path, allow_code=True)
     small = refused(
         DataError,
         "at least one batch, 500 samples",
@@ -339,7 +363,13 @@ def test_what_cannot_be_trained_is_refused_with_the_place_and_the_remedy(tmp_pat
     assert small.exit_code == 2
     wrong = train(Path("test_train:bad_classes"), "classification")
     labels = refused(
-        DataError, "labels 0 to 9, the classes of the model, got 10", program, SQUEEZE, wrong, tmp=tmp_path, allow_code=True
+        DataError,
+        "whole labels 0 to 9, the classes of the model, got 10",
+        program,
+        SQUEEZE,
+        wrong,
+        tmp=tmp_path,
+        allow_code=True,
     )
     assert labels.exit_code == 2
     refused(
@@ -356,6 +386,59 @@ def test_what_cannot_be_trained_is_refused_with_the_place_and_the_remedy(tmp_pat
     refused(UsageError, "no such file", program, SQUEEZE, train(Path("absent.txt")), tmp=tmp_path)
 
 
+def tokens(**changed: np.ndarray) -> dict[str, np.ndarray]:
+    """Return ids of the tiny decoder, and what is changed."""
+    return {"input_ids": np.random.default_rng(0).integers(4, 40, (8, 12)), **changed}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        (tokens(input_ids=np.full((8, 12), 5000)), r"does not run on this data: index out of range.*below the size"),
+        (tokens(input_ids=np.full((8, 12), -3)), r"does not run on this data: index out of range"),
+        (tokens(input_ids=np.full((8, 12), 0.5, np.float32)), r"does not run on this data: .*input_ids: \[batch, \w+\]"),
+        (tokens(labels=np.full((8, 12), 5000)), r"expected whole labels 0 to 63, the classes of the model, got 5000"),
+        (tokens(labels=np.full((8, 12), -7)), r"expected whole labels 0 to 63, the classes of the model, got -7"),
+        (tokens(labels=np.full((8, 5), 7)), r"expected labels of shape \(4, 12\), got \(4, 5\)"),
+        (tokens(labels=np.full((8, 12), -100)), "expected something to predict in every batch, got labels that are all -100"),
+        (tokens(input_ids=np.full((8, 1), 7)), "expected something to predict in every batch, got none"),
+    ],
+)
+def test_tokens_and_labels_that_the_model_does_not_know_are_refused(
+    arrays: Mapping[str, Any], words: str, tokens_of: Program, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    learn = train(tmp_path / "x.npz", "causal_lm", batch_size=4)
+    made = refused(DataError, words, tokens_of, LORA, learn, tmp=tmp_path)
+    assert made.exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def tokens_of(llama: Path) -> Program:
+    return lrc.capture(str(llama))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "many"])
+@pytest.mark.parametrize(("kind", "columns"), [("labelled", "text,label"), ("pairs", "sentence1,sentence2,score")])
+def test_numbers_of_a_file_that_are_none_are_refused(value: str, kind: Any, columns: str, bert: Path, tmp_path: Path) -> None:
+    request = Request("x.csv", ["input_ids", "attention_mask"], tokenizer=bert, base=tmp_path)
+    texts = "the cat," * columns.count(",")
+    last = columns.split(",")[-1]
+    for cell, words in ((value, f"expected numbers in the column `{last}`, got '{value}'"), ("", f"got nothing in {last}")):
+        (tmp_path / "x.csv").write_text("\n".join([columns, f"{texts}1", f"{texts}{cell}"]))
+        with pytest.raises(DataError, match=words):
+            load_examples(request, TrainData(dataset="x.csv"), kind)
+
+
+def test_a_recipe_that_looks_at_gradients_is_not_run_where_they_are_freed(tokens_of: Program, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **tokens())
+    learn = train(
+        tmp_path / "x.npz", "causal_lm", per_layer=True, clip=None,
+        recipe={"type": "loraprune", "width_kept": 0.5, "skip_first": 0.0, "skip_last": 0},
+    )  # fmt: skip
+    refused(UsageError, "`loraprune` looks at the gradients of a step", tokens_of, LORA, learn, tmp=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -365,6 +448,7 @@ def test_what_cannot_be_trained_is_refused_with_the_place_and_the_remedy(tmp_pat
         ({"objective": "classify"}, "Did you mean 'classification'"),
         ({"validation": {"every": 3}}, "give `data`, for the loss on it, or `metric`"),
         ({"parameters": "some"}, "inserted"),
+        ({"lr_factors": {"**": 0.0}}, "greater than 0"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from lrc.errors import DataError, TrainError
 from lrc.train.checkpoint import Checkpoints
 from lrc.train.data import Examples
 from lrc.train.loop import Loop, Settings, Validation
-from lrc.train.optim import Fira
+from lrc.train.optim import Fira, PerLayer
+from lrc.train.recipes import Recipe
 from lrc.train.schedule import Schedule
 
 
@@ -78,6 +79,67 @@ def test_a_damaged_checkpoint_is_left_out(tmp_path: Path) -> None:
     again = loop(tmp_path)
     again.run()
     assert all(torch.equal(a, b) for a, b in zip(values(whole), values(again), strict=True))
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(500), b"hello", b"abcd" + bytes(100), bytes(range(256)) * 4])
+def test_a_checkpoint_of_any_other_bytes_is_left_out(damage: bytes, tmp_path: Path) -> None:
+    made = Checkpoints(tmp_path)
+    made.save(1, {"step": 1, "x": torch.ones(3)})
+    made.save(2, {"step": 2, "x": torch.ones(3)}).write_bytes(damage)
+    found = made.newest()
+    assert found is not None
+    assert found["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
+
+
+class Spoiled(Recipe):
+    """Leaves a value that is not finite after some step."""
+
+    def __init__(self, parameter: Tensor, at: int) -> None:
+        self.parameter, self.at = parameter, at
+
+    @torch.no_grad()
+    def after(self, done: int) -> None:
+        if done + 1 == self.at:
+            self.parameter[0, 0] = math.inf
+
+
+@pytest.mark.parametrize("at", [8, 12])
+def test_values_that_are_not_finite_are_in_no_checkpoint_and_end_no_run(at: int, tmp_path: Path) -> None:
+    """The step's own loss was still finite; a checkpoint of what it left would be the one that a new run goes on from."""
+    made = loop(tmp_path)
+    made.recipe = Spoiled(made.parameters["3.weight"], at)
+    words = rf"step {at}: the step has left values in 3\.weight that are not finite\. The last good .* is step-{at - 4:08d}\.pt"
+    with pytest.raises(TrainError, match=words):
+        made.run()
+    whole, again = loop(tmp_path / "whole"), loop(tmp_path)
+    assert again.run() == whole.run()
+
+
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=0.02)
+
+
+def fira(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return Fira(groups, lr=0.02, rank=2)
+
+
+@pytest.mark.parametrize("make", [adamw, fira])
+def test_updates_inside_the_backward_pass_take_no_gradient_that_is_not_finite(make: Any, tmp_path: Path) -> None:
+    calls = iter(range(100))
+
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        weight = module[0].weight  # type: ignore[index]
+        extra = torch.sqrt(weight * 0).sum() if next(calls) == 5 else 0.0  # the root of zero: 0, with an infinite slope
+        return (module(x) ** 2).mean() + extra  # type: ignore[no-any-return]
+
+    made = loop(tmp_path, loss)
+    made.optimizer = PerLayer([{"params": list(made.module.parameters())}], make)
+    made.in_backward = True
+    words = r"step 6: the gradient is not finite, first at 0\.weight\. The last good checkpoint is step-00000004\.pt"
+    with pytest.raises(TrainError, match=words):
+        made.run()
+    assert all(bool(p.isfinite().all()) and p.grad is None for p in made.parameters.values())
 
 
 def test_the_users_random_numbers_are_left_alone(tmp_path: Path) -> None:

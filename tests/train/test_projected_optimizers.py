@@ -226,6 +226,39 @@ def test_the_first_step_is_sign_like() -> None:
     assert torch.allclose(moved.abs(), torch.full_like(moved, 0.01), rtol=1e-3)
 
 
+@pytest.mark.parametrize("scaling", ["vector", "matrix"])
+@pytest.mark.parametrize("residual", ["reference", "orthogonal"])
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
+def test_the_first_step_of_fira_is_its_formula(shape: tuple[int, int], residual: Any, scaling: Any) -> None:
+    """There N = sign(R) up to a factor, so that what lies outside moves by lr sqrt(d) / |R|, d the entries of a vector."""
+    lr, alpha, rank = 0.01, 0.25, 3
+    p = parameter(shape)
+    before = p.detach().clone()
+    G = next(gradients(shape))
+    made = Fira([p], lr=lr, rank=rank, scale=alpha, eps=0.0, residual=residual, scaling=scaling)
+    list(follow(made, p, iter([G])))
+    left = shape[0] < shape[1]
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    P, Q = U[:, :rank], Vh[:rank]
+    R = P.T @ G if left else G @ Q.T
+    inside, step = (P @ R, P @ R.sign()) if left else (R @ Q, R.sign() @ Q)
+    outside = G - (alpha if residual == "reference" else 1.0) * inside
+    if scaling == "vector":
+        factor = lr * rank**0.5 / (R.norm(dim=0) if left else R.norm(dim=1, keepdim=True))
+    else:
+        factor = lr * R.numel() ** 0.5 / R.norm()
+    torch.testing.assert_close(before - p.detach(), lr * alpha * step + outside * factor, rtol=1e-3, atol=1e-6)
+    if residual == "orthogonal":
+        assert float((P.T @ outside if left else outside @ Q.T).norm()) <= 1e-5 * float(G.norm())
+
+
+def test_defaults_are_those_of_the_published_code() -> None:
+    for made in (FiraOptions(), GaLoreOptions()):
+        given = (made.lr, made.betas, made.eps, made.weight_decay, made.rank, made.update_proj_gap, made.scale, made.proj_type)
+        assert given == (0.01, (0.9, 0.999), 1e-6, 0.0, 128, 200, 0.25, "std")
+    assert (FiraOptions().norm_growth_limit, FiraOptions().residual, FiraOptions().scaling) == (1.01, "reference", "vector")
+
+
 def test_options_out_of_range_are_refused() -> None:
     p = parameter((4, 3))
     with pytest.raises(ValueError, match="rank is at least 1"):

@@ -188,6 +188,60 @@ def test_a_dropped_component_stays_dropped_whatever_the_optimizer_does() -> None
     assert twin.active["layers.0"].tolist() == [0, 1, 2]
 
 
+def test_the_most_important_component_stays_where_none_is_important_enough() -> None:
+    program = factorized(6, 5)
+    recipe = ordered(program, MaestroRecipe(threshold=1e9, kind="plain"), per_epoch=1)
+    with torch.no_grad():
+        program.maps["layers.0"].A[2] *= 100
+    recipe.after(0)
+    assert recipe.active["layers.0"].tolist() == [2]
+
+
+def test_values_that_a_validation_brings_back_keep_the_components_that_they_had() -> None:
+    """The best state may be one from before the last components were dropped; they are part of what was judged."""
+    program = factorized(20, 20)
+    recipe = ordered(program, MaestroRecipe(threshold=0.5), per_epoch=1)
+    made = program.maps["layers.0"]
+    with torch.no_grad():
+        made.A[6:] *= 1e-4
+    recipe.after(0)
+    best = {name: p.detach().clone() for name, p in made.named_parameters()}
+    with torch.no_grad():
+        made.A[3:] *= 1e-4
+    recipe.after(1)
+    assert recipe.active["layers.0"].tolist() == [0, 1, 2]
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            p.copy_(best[name])
+    x = torch.randn(5, 20, generator=torch.Generator().manual_seed(3))
+    judged = program(x=x)["output"]
+    assert recipe.finish() == ["layers.0: 6 of 20 components stay"]
+    assert torch.allclose(program(x=x)["output"], judged, atol=1e-6)
+
+
+def test_every_layer_draws_a_rank_of_its_own_after_the_epochs_at_full_rank() -> None:
+    recipe = ordered(factorized(6, 5, 4), MaestroRecipe(sampler="independent", warmup_epochs=2), per_epoch=3)
+    drawn = []
+    for done in range(66):
+        recipe.before(done)
+        drawn.append(dict(recipe.drawn))
+    assert drawn[:6] == [{}] * 6
+    for fqn, full in (("layers.0", 5), ("layers.1", 4)):
+        assert {row[fqn] for row in drawn[6:]} == set(range(1, full + 1))
+    assert len({row["layers.0"] - row["layers.1"] for row in drawn[6:]}) > 3
+    again = ordered(factorized(6, 5, 4), MaestroRecipe(sampler="independent", warmup_epochs=2), per_epoch=3)
+    again.before(40)
+    assert again.drawn == drawn[40]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_component_at_all_gives_the_bias(bias: bool) -> None:
+    b = torch.arange(4.0) if bias else None
+    made = Chain(torch.zeros(4, 0), torch.zeros(0, 6), bias=b)
+    found = made(torch.randn(2, 3, 6))
+    assert torch.equal(found, (torch.zeros(4) if b is None else b).expand(2, 3, 4))
+
+
 def test_the_recipe_runs_in_the_spec_and_resumes(tmp_path: Path) -> None:
     from tiny import captured_mlp
 
@@ -213,6 +267,11 @@ def test_thresholds_rise_in_stages_at_the_end_of_the_run() -> None:
     options = SoraRecipe(to=7e-4, values=3, each=10)
     recipe = Sparsify([torch.ones(2)], [{"threshold": 1e-4}], options, 50)
     assert [recipe.at(i) for i in (0, 29, 30, 39, 40, 49)] == pytest.approx([1e-4, 1e-4, 4e-4, 4e-4, 7e-4, 7e-4])
+    recipe.before(39)
+    assert not recipe.comparable()
+    recipe.before(40)
+    assert recipe.comparable()
+    assert Sparsify([torch.ones(2)], [{"threshold": 1e-4}], SoraRecipe(), 50).comparable()
     geometric = thresholds(1e-4, SoraRecipe(to=1e-2, values=3, spacing="exp_linear"))
     assert geometric == pytest.approx([1e-4, 1e-3, 1e-2])
     logs = thresholds(0.0, SoraRecipe(to=1.0, values=3, spacing="log_linear"))

@@ -1,4 +1,4 @@
-"""The low-rank step of alternating splitters: the best product at first, then one warm step an iteration."""
+"""The low-rank step of alternating splitters: the best product at first, then warm steps."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,13 @@ from lrc.solvers.terms import eigenvectors
 class LowRank:
     """The approximation of rank `rank` of a matrix that changes a little from call to call.
 
-    The first call is the best one (Eckart and Young). A later call starts from the columns of the one before and makes one
-    step of alternating least squares, B then A, which never increases the error: a product in place of a decomposition.
+    The first call is the best one (Eckart and Young). A later call starts from the columns of the one before and makes `steps`
+    steps of alternating least squares, B then A, which never increase the error: products in place of a decomposition.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, steps: int = 1) -> None:
         self.rank = rank
+        self.steps = steps
         self._columns: Tensor | None = None
 
     def __call__(self, X: Tensor) -> Tensor:
@@ -26,8 +27,12 @@ class LowRank:
         """Return B (m, rank) with orthonormal columns and A = Bᵀ X (rank, n)."""
         if self.rank == 0:
             return X[:, :0], X[:0]
-        before = self._columns
-        columns: Tensor = leading_columns(X, self.rank) if before is None else torch.linalg.qr(X @ (X.T @ before)).Q
+        columns = self._columns
+        if columns is None:
+            columns = leading_columns(X, self.rank)
+        else:
+            for _ in range(self.steps):
+                columns = torch.linalg.qr(X @ (X.T @ columns)).Q
         self._columns = columns
         return columns, columns.T @ X
 

@@ -11,13 +11,14 @@ from lrc.formats import Encoded, FormatField, NormalFloat, NumberFormat
 from lrc.solvers.base import Moments, Need
 from lrc.solvers.splits.base import QuantizedOptions, Split, splitter
 from lrc.solvers.splits.bits import BitsField
-from lrc.solvers.splits.low_rank import balanced_factors, leading_columns
+from lrc.solvers.splits.low_rank import LowRank, balanced_factors, leading_columns
 
 CANDIDATES: tuple[NumberFormat, ...] = (
     NormalFloat(bits=2, scale_bits=2, block=16, super_block=16, scale_dtype="bfloat16"),
     *(NormalFloat(bits=bits, block=block) for bits in (2, 3, 4, 8) for block in (32, 64)),
 )
 FLOOR = 1e-5  # of the largest row or column weight
+STEPS = 2  # warm steps of a turn: one lags behind the exact SVDs where bits are few
 
 
 class LqSplitter(QuantizedOptions):
@@ -55,18 +56,22 @@ class LoftqSplitter(QuantizedOptions):
 def lq(weight: Tensor, moments: Moments, rank: int, options: LqSplitter, generator: torch.Generator) -> Split:
     """Return B A + Q, Q in the format, that brings ||sqrt(F) o (W - B A - Q)||_F down; F = 1 without Fisher information.
 
-    Each turn fits B A to W - Q by an SVD (with F, between the square roots of its row and column means: exact where F has
-    rank one), then rounds W - B A. Stops when the error grows and returns the best turn. Computed in float64.
+    Each turn fits B A to W - Q (with F, between the square roots of its row and column means: exact where F has rank one), the
+    first by an SVD, the others by steps from the turn before, then rounds W - B A. Stops when the error grows and returns the
+    best turn. Computed in float64.
     Raises SolverError where Fisher information is asked for and was not measured.
-    Source: Guo et al. (2024), LQ-LoRA, arXiv:2311.12023. Departures: exact SVDs; the best turn, not the last.
+    Source: Guo et al. (2024), LQ-LoRA, arXiv:2311.12023. Departures: no randomized SVDs; the best turn, not the last.
     """
     W = weight.double()
     rows, columns, entries = fisher_scales(moments, weight) if options.weights == "fisher" else (None, None, None)
+    left, right = (torch.ones(1, dtype=W.dtype) if scale is None else scale for scale in (rows, columns))
+    follow = LowRank(min(rank, *W.shape), STEPS)
     Q = torch.zeros_like(W)
     best: tuple[Tensor, Tensor, Encoded] | None = None
     history: list[float] = []
     for _ in range(options.iterations):
-        B, A = scaled_low_rank(W - Q, rank, rows, columns)
+        B, A = follow.factors(left[:, None] * (W - Q) * right)
+        B, A = B / left[:, None], A / right
         encoded = options.format.encode(W - B @ A)
         Q = options.format.decode(encoded, shape_of(weight)).double()
         gap = W - B @ A - Q
@@ -75,7 +80,9 @@ def lq(weight: Tensor, moments: Moments, rank: int, options: LqSplitter, generat
             break
         best = (B, A, encoded)
     assert best is not None, "there is at least one iteration"
-    return _split(weight, *best, options.format, history, entries)
+    B, A, encoded = best
+    B, A = balanced_factors(left[:, None] * B, A * right, torch.float64)
+    return _split(weight, B / left[:, None], A / right, encoded, options.format, history, entries)
 
 
 @splitter(LoftqSplitter)
@@ -92,20 +99,15 @@ def loftq(weight: Tensor, moments: Moments, rank: int, options: LoftqSplitter, g
     for _ in range(options.iterations):
         encoded = options.format.encode(W - B @ A)
         Q = options.format.decode(encoded, shape_of(weight)).double()
-        B, A = scaled_low_rank(W - Q, rank, None, None)
+        B, A = low_rank(W - Q, rank)
         history.append(float((W - Q - B @ A).norm()))
     return _split(weight, B, A, encoded, options.format, history[-1:], None)
 
 
-def scaled_low_rank(X: Tensor, rank: int, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return B, A of the least ||diag(rows) (X - B A) diag(columns)||_F, the singular values shared between them."""
-    if rows is not None and columns is not None:
-        X = rows[:, None] * X * columns
+def low_rank(X: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return B, A of the best product of a rank, the singular values shared between them."""
     Q = leading_columns(X, min(rank, *X.shape)) if rank else X[:, :0]
-    B, A = balanced_factors(Q, Q.T @ X, torch.float64)
-    if rows is not None and columns is not None:
-        B, A = B / rows[:, None], A / columns
-    return B, A
+    return balanced_factors(Q, Q.T @ X, torch.float64)
 
 
 def fisher_scales(moments: Moments, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,8 @@ class ObjectiveOptions(Tagged):
 class Step:
     """One batch and what to run it on. student: in training mode; generator: of the step, for random choices.
 
-    mask_id, vocabulary: of the tokenizer, where there is one. tapped: names of the tapped outputs.
+    mask_id, vocabulary, special: of the tokenizer, where there is one; special ids stand for no text. tapped: names of the
+    tapped outputs.
     """
 
     batch: Batch
@@ -46,6 +47,7 @@ class Step:
     generator: torch.Generator = field(default_factory=torch.Generator)
     mask_id: int | None = None
     vocabulary: int = 0
+    special: tuple[int, ...] = ()
     tapped: tuple[str, ...] = ()
     allow_code: bool = False
 
@@ -69,6 +71,24 @@ class Step:
 def objective(options: type[ObjectiveOptions]) -> Callable[[Callable[P, R]], Rule[P, R]]:
     """Tie a function `(step, options) -> mean loss of the batch` to its options model (see `lrc.spec.registry`)."""
     return OBJECTIVES.rule(options)
+
+
+def check_classes(labels: Tensor, classes: int, name: str) -> None:
+    """Raise DataError for labels that are no classes of a model, and where no label is left to learn from."""
+    left_out = labels == IGNORED
+    if labels.is_floating_point() or bool((((labels < 0) | (labels >= classes)) & ~left_out).any()):
+        found = sorted(set(labels.flatten().tolist()))
+        wrong = [v for v in found if not (v == IGNORED or (0 <= v < classes and v == int(v)))]
+        raise DataError(
+            f"objective {name}", expected=f"whole labels 0 to {classes - 1}, the classes of the model",
+            got=", ".join(map(str, wrong[:5] or found[:5])), hint="Number the labels from 0, or give the model more classes",
+        )  # fmt: skip
+    if bool(left_out.all()):
+        raise DataError(
+            f"objective {name}", expected="something to predict in every batch",
+            got=f"labels that are all {IGNORED}, or padding" if labels.numel() else "none",
+            hint="Leave such samples out, or raise `batch_size` or `max_length`",
+        )  # fmt: skip
 
 
 def logits_of(outputs: Outputs, name: str) -> Tensor:

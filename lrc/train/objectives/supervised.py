@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lrc.errors import DataError
 from lrc.program.readout import readout
 from lrc.train.data import Reads
-from lrc.train.objectives.base import IGNORED, ObjectiveOptions, Step, logits_of, objective
+from lrc.train.objectives.base import IGNORED, ObjectiveOptions, Step, check_classes, logits_of, objective
 
 
 class Classification(ObjectiveOptions):
@@ -26,13 +26,7 @@ def classification(step: Step, options: Classification) -> Tensor:
     labels = step.labels("classification")
     logits = logits_of(step.student(step.batch), "classification")
     classes = logits.shape[-1]
-    if labels.is_floating_point() or bool(((labels < 0) & (labels != IGNORED) | (labels >= classes)).any()):
-        found = sorted(set(labels.flatten().tolist()))
-        wrong = [v for v in found if not (v == IGNORED or (0 <= v < classes and v == int(v)))]
-        raise DataError(
-            "objective classification", expected=f"labels 0 to {classes - 1}, the classes of the model",
-            got=", ".join(map(str, wrong[:5] or found[:5])), hint="Number the labels from 0, or give the model more classes",
-        )  # fmt: skip
+    check_classes(labels, classes, "classification")
     return F.cross_entropy(
         logits.reshape(-1, classes).float(), labels.flatten(), ignore_index=IGNORED, label_smoothing=options.label_smoothing
     )

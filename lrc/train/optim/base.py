@@ -39,11 +39,16 @@ class OptimizerOptions(Tagged):
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained, by name. gates: names of diagonals that are thresholded; pairs: names (A, B) of products B A."""
+    """What is trained, by name.
+
+    gates: names of diagonals that are thresholded; pairs: names (A, B) of products B A; factors: name -> what the learning
+    rate is multiplied by, 1 where there is none.
+    """
 
     parameters: Mapping[str, Tensor]
     gates: frozenset[str] = frozenset()
     pairs: tuple[tuple[str, str], ...] = field(default=())
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def groups(
         self,
@@ -54,16 +59,18 @@ class Trained:
     ) -> list[dict[str, Any]]:
         """Return parameter groups for `torch.optim`: matrices with their options, vectors, and gates with theirs.
 
-        plain: names of matrices that go without the options. Vectors (biases, norms) and gates do not decay; a group without
-        parameters is left out.
+        plain: names of matrices that go without the options. Vectors (biases, norms) and gates do not decay. `lr_factor` of a
+        group is what a schedule multiplies its learning rate by.
         """
-        kinds: dict[str, list[Tensor]] = {"matrices": [], "plain": [], "vectors": [], "gates": []}
-        for name, value in self.parameters.items():
-            of_matrix = "plain" if name in plain else "matrices"
-            kinds["gates" if name in self.gates else of_matrix if value.ndim > 1 else "vectors"].append(value)
         options = {"matrices": dict(matrices or {}), "plain": {}, "vectors": {"weight_decay": 0.0}}
         options["gates"] = {"weight_decay": 0.0, **(gates or {})}
-        return [{"params": kinds[kind], **options[kind]} for kind in kinds if kinds[kind]]
+        members: dict[tuple[str, float], list[Tensor]] = {}
+        for name, value in self.parameters.items():
+            of_matrix = "plain" if name in plain else "matrices"
+            kind = "gates" if name in self.gates else of_matrix if value.ndim > 1 else "vectors"
+            members.setdefault((kind, self.factors.get(name, 1.0)), []).append(value)
+        ordered = sorted(members, key=lambda key: (list(options).index(key[0]), key[1]))
+        return [{"params": members[kind, factor], **options[kind], "lr_factor": factor} for kind, factor in ordered]
 
 
 def optimizer(options: type[OptimizerOptions]) -> Callable[[Callable[P, R]], Rule[P, R]]:

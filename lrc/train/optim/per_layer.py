@@ -16,7 +16,8 @@ class PerLayer(Optimizer):
     At most one layer's gradient lives at a time. `step` does nothing, since `backward` has taken the step; gradients of
     several backward passes cannot be accumulated, nor clipped by their common norm. `param_groups` are those of the inner
     optimisers, so a schedule that sets their `lr` works. `remove` takes the hooks away.
-    groups: as for `torch.optim`; make: from one group of one parameter to its optimiser.
+    groups: as for `torch.optim`; make: from one group of one parameter to its optimiser. `backward` raises FloatingPointError
+    at a gradient that is not finite; what comes before it in the pass has been updated by then.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], make: Callable[[list[dict[str, Any]]], Optimizer]) -> None:
@@ -33,7 +34,7 @@ class PerLayer(Optimizer):
 
         def alone(groups: list[dict[str, Any]]) -> Optimizer:
             name = named[id(groups[0]["params"][0])]
-            return make(Trained({name: trained.parameters[name]}, trained.gates))
+            return make(Trained({name: trained.parameters[name]}, trained.gates, factors=trained.factors))
 
         return cls([{"params": list(trained.parameters.values())}], alone)
 
@@ -41,6 +42,8 @@ class PerLayer(Optimizer):
         (p,) = inner.param_groups[0]["params"]
 
         def hook(_: Tensor) -> None:
+            if p.grad is not None and not bool(p.grad.isfinite().all()):
+                raise FloatingPointError(f"the gradient of a parameter of shape {tuple(p.shape)} is not finite")
             inner.step()
             p.grad = None
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lrc.errors import UsageError
+from lrc.errors import TrainError, UsageError
 from lrc.maps import Chain, LinearMap
 from lrc.program.dependency import Group, cut_units, find_groups
 from lrc.solvers.lora_guided import guided_entries, guided_gradient, kept_units, normalised, pruned_share
@@ -61,6 +61,11 @@ def product_of(made: LinearMap, context: Context) -> tuple[Tensor, Tensor] | Non
             if isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter) and {id(A), id(B)} <= trained:
                 return A, B
     return None
+
+
+def gone_of(group: Group, share: float) -> int:
+    """Return how many units of a group are a share of it; one stays at least."""
+    return min(group.units - 1, int(group.units * share + 1e-9))
 
 
 class GuidedPruning(Recipe):
@@ -121,10 +126,25 @@ class GuidedPruning(Recipe):
                 done + 1, self.steps, initial=0.0, final=1 - self.options.width_kept,
                 warmup=self.options.warmup, cooldown=self.options.cooldown,
             )  # fmt: skip
+            self.check(share)
             for name, group in self.groups.items():
-                gone = min(group.units - 1, int(group.units * share + 1e-9))
-                self.masks[name] = kept_units(self.importance[name], self.masks[name], gone)
+                self.masks[name] = kept_units(self.importance[name], self.masks[name], gone_of(group, share))
             self.show()
+
+    def check(self, share: float) -> None:
+        """Raise TrainError where units would go that nothing tells apart."""
+        blind = [n for n, group in self.groups.items() if gone_of(group, share) and not bool(self.importance[n].any())]
+        if blind:
+            raise TrainError(
+                "recipe loraprune", message=f"no gradient has reached the adapters of {blind[0]}: no unit tells from another",
+                hint="Choose an objective that the model does not meet before it is pruned: labels or `causal_lm`; "
+                "`distillation` has it for its own teacher",
+            )  # fmt: skip
+
+    def comparable(self) -> bool:
+        """Say whether everything that goes is out: what still runs whole does better, and is not what the run ends with."""
+        final = 1 - self.options.width_kept
+        return all(int((~self.masks[name]).sum()) == gone_of(group, final) for name, group in self.groups.items())
 
     def show(self) -> None:
         """Let the masks of units be masks of the outputs of linears."""

@@ -142,7 +142,7 @@ class OrderedRanks(Recipe):
             for fqn, places in self.active.items():
                 a, b = norms(*self.kept(fqn), self.options.kind)
                 important = a * b >= self.options.threshold
-                important[0] |= not bool(important.any())
+                important[(a * b).argmax()] = True
                 if not bool(important.all()):
                     self.active[fqn] = places[important]
                     self.pairs = []
@@ -162,13 +162,19 @@ class OrderedRanks(Recipe):
         self.pairs = [(fqn, width) for fqn, width in state["pairs"]]
 
     def finish(self) -> list[str]:
-        """Remove dropped components; what is then no smaller than a dense weight becomes one."""
+        """Remove dropped components; what is then no smaller than a dense weight becomes one.
+
+        What is dropped is read off the values: a validation may have brought those of an earlier step back, where more stood.
+        """
         for hook in self.hooks:
             hook.remove()
         notes = []
         for fqn, made in self.layers.items():
-            places, full = self.active[fqn], len(factors(made)[0])
-            A, B = (t.detach().clone().contiguous() for t in self.kept(fqn))
+            A, B = factors(made)
+            stands = (A != 0).any(1) | (B != 0).any(0)
+            stands[0] |= not bool(stands.any())
+            places, full = stands.nonzero().flatten(), len(A)
+            A, B = A.detach()[places].contiguous(), B.detach()[:, places].contiguous()
             bias = None if made.bias is None else made.bias.detach().clone()
             new: LinearMap = Chain(B, A, bias=bias)
             if made.out_features * made.in_features < len(places) * (made.out_features + made.in_features):

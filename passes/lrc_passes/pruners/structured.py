@@ -64,7 +64,9 @@ class Structured(PrunerOptions):
     )
     amount: Amount = Field(description="How much stays.")
     allocate: Literal["uniform", "global"] = Field(
-        default="uniform", description="The same share everywhere, or by importance relative to a group's mean and to its cost."
+        default="uniform",
+        description="The same share everywhere, or by importance over all groups: for the cost of a unit (taylor), or relative "
+        "to the mean of its group.",
     )
     kinds: list[Kind] = Field(default=["heads", "channels", "features"], min_length=1, description="Which units may go.")
     round_to: int = Field(default=1, ge=1, description="Of every group a multiple of this stays.")

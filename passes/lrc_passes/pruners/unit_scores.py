@@ -1,36 +1,40 @@
-"""How much every unit of a group matters: the scores of its entries, summed."""
+"""How much every unit of a group matters: the scores of its entries, summed, or what the loss changes by without it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lrc.errors import DataError
 from lrc.measure import digest
-from lrc.measure.gradients import in_memory, mean_gradients, settled_loss
+from lrc.measure.gates import gate_gradients
+from lrc.measure.gradients import settled_loss
 from lrc.program import Program
 from lrc.program.dependency import Group
+from lrc.program.dependency.labels import Array
 from lrc.run import Session
 from lrc.solvers import Moments
 from lrc.solvers.scores import SCORES, Score
 
-MEMORY = 2**30  # bytes of gradients that are held at once
 Summed = Mapping[tuple[str, str], Tensor]
 
 
 def unit_scores(program: Program, session: Session, groups: Sequence[Group], criterion: str) -> dict[str, Tensor]:
     """Return the scores of the units of every group, (units,) float64, not negative. What was measured is cached."""
     score = SCORES[criterion]
-    measured = score.gradient or score.needs
+    measured = score.entries is None or score.needs
     key = digest(
-        "units-1", program.digest(), criterion, [group.name for group in groups], list(session.batches) if measured else [],
+        "units-2", program.digest(), criterion, [group.name for group in groups], list(session.batches) if measured else [],
         session.seed if measured else 0, torch.__version__, torch.get_num_threads(),
     )  # fmt: skip
     stored = session.cache.get(key)
     if stored is None or any(group.name not in stored for group in groups):
-        fqns = [fqn for fqn in program.sites if any(fqn in group.sites for group in groups)]
-        summed = _summed(program, session, fqns, score)
-        stored = {group.name: of_units(group, summed, score) for group in groups}
+        if score.entries is None:
+            stored = by_gates(groups, _gradients(program, session, groups, criterion))
+        else:
+            fqns = [fqn for fqn in program.sites if any(fqn in group.sites for group in groups)]
+            summed = _summed(program, session, fqns, score)
+            stored = {group.name: of_units(group, summed, score) for group in groups}
         session.cache.put(key, stored)
     return dict(stored)
 
@@ -42,6 +46,24 @@ def of_units(group: Group, summed: Summed, score: Score) -> Tensor:
         if member.site is not None and member.slot[2] in score.sides:
             total += summed[member.site, member.slot[2]][torch.from_numpy(member.index)].sum(1)
     return total.sqrt() if score.root else total
+
+
+def by_gates(groups: Sequence[Group], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the sums over all rows of the squares of what the loss changes by, in first order, without a unit in that row.
+
+    batches: gradients of gates, (rows, channels) by site. The sites that read a unit act together where they have the same
+    rows; over others (images here, positions there) squares are added.
+    """
+    totals = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
+    for gradients in batches:
+        for group in groups:
+            changes: dict[int, Tensor] = {}
+            for fqn, index in readers(group):
+                found = gradients[fqn].double()[:, torch.from_numpy(index)].sum(-1).cpu()
+                changes[len(found)] = changes.get(len(found), 0) + found
+            for change in changes.values():
+                totals[group.name] += change.square().sum(0)
+    return totals
 
 
 def sums_of(entries: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
@@ -57,22 +79,29 @@ def channels_of(program: Program, fqn: str) -> int:
     return site.in_features // int(torch.Size(kernel).numel())
 
 
+def readers(group: Group) -> list[tuple[str, Array]]:
+    """Return the sites that read a group's units, and where."""
+    return [(m.slot[1], m.index) for m in group.members if m.site is not None and m.slot[2] == "in"]
+
+
 def _summed(program: Program, session: Session, fqns: Sequence[str], score: Score) -> Summed:
+    assert score.entries is not None, "it scores entries"
     moments = session.moments(program, fqns, score.needs)
     found: dict[tuple[str, str], Tensor] = {}
-    for part in in_memory(program, fqns, MEMORY) if score.gradient else [list(fqns)]:
-        gradients = _gradients(program, session, part) if score.gradient else {}
-        for fqn in part:
-            weight = program.sites[fqn].map.dense().weight
-            weight = weight.flatten(1) if weight.ndim > 2 else weight
-            entries = score.entries(weight, moments(fqn) if score.needs else Moments(), gradients.get(fqn))
-            found[fqn, "out"], found[fqn, "in"] = sums_of(entries, channels_of(program, fqn))
+    for fqn in fqns:
+        weight = program.sites[fqn].map.dense().weight
+        weight = weight.flatten(1) if weight.ndim > 2 else weight
+        entries = score.entries(weight, moments(fqn) if score.needs else Moments())
+        found[fqn, "out"], found[fqn, "in"] = sums_of(entries, channels_of(program, fqn))
     return found
 
 
-def _gradients(program: Program, session: Session, fqns: Sequence[str]) -> dict[str, Tensor]:
+def _gradients(program: Program, session: Session, groups: Sequence[Group], criterion: str) -> Iterator[Mapping[str, Tensor]]:
+    """Yield the gradients of gates of every batch, those of a convolution in groups summed over the groups."""
     batches = list(session.batches)
     if not batches:
-        raise DataError("calibration", message="the criterion `taylor` needs data")
+        raise DataError("calibration", message=f"the criterion `{criterion}` needs data")
+    sites = sorted({fqn for group in groups for fqn, _ in readers(group)})
     loss = settled_loss("auto", program.task, batches[0])
-    return mean_gradients(program, session.track("gradients", batches), fqns, loss=loss, seed=session.seed)
+    for found in gate_gradients(program, session.track("gates", batches), sites, loss=loss, seed=session.seed):
+        yield {fqn: v.reshape(len(v), -1, channels_of(program, fqn)).sum(1) for fqn, v in found.items()}

@@ -58,8 +58,9 @@ def unstructured(site: Site, statistics: Statistics, options: "Prune") -> Rewrit
     if not isinstance(made, Dense):
         return Keep(f"only dense linear weights lose single entries, this is {made!r}")
     notes = input_scale(statistics.moments)[1] if Need.INPUTS in method.needs else ()
-    scores = SCORES[method.criterion].entries(made.weight.detach(), statistics.moments, None)
-    support = strongest(scores, method.pattern, method.density or 0.0)
+    entries = SCORES[method.criterion].entries
+    assert entries is not None, "its criteria score entries"
+    support = strongest(entries(made.weight.detach(), statistics.moments), method.pattern, method.density or 0.0)
     bias = None if made.bias is None else made.bias.detach()
     sparse = Sparse.of(made.weight.detach(), support, bias, stored_as(method.pattern))
     if sparse.cost().bytes >= made.cost().bytes:

@@ -17,6 +17,7 @@ from lrc.program import Program
 from lrc.program.dependency import Group, Groups, cut_map, living
 from lrc.run import Session, Summary
 from lrc.run.summary import summarize
+from lrc.solvers.scores import SCORES
 from lrc_passes.pruners.unit_scores import channels_of
 
 if TYPE_CHECKING:
@@ -58,7 +59,11 @@ class Widths:
         before = cost(whole.kept)
         most = method.amount.share * before * (1 + 1e-12)
         grain = method.round_to
-        at = whole.uniform(grain) if method.allocate == "uniform" else whole.by_importance(cost, grain)
+        at = (
+            whole.uniform(grain)
+            if method.allocate == "uniform"
+            else whole.by_importance(cost, grain, absolute=SCORES[method.criterion].absolute)
+        )
         if cost(at(0.0)) > most:
             least = cost(at(0.0)) / before
             raise UsageError(
@@ -88,15 +93,18 @@ class Widths:
         """Return a function from a share to as many units of every group."""
         return lambda share: {g.name: least(g.units, int(share * g.units + 1e-9), grain) for g in self.groups}
 
-    def by_importance(self, cost: Cost, grain: int) -> Callable[[float], Kept]:
-        """Return a function from a share to the units that matter most for their cost, over all groups."""
+    def by_importance(self, cost: Cost, grain: int, *, absolute: bool) -> Callable[[float], Kept]:
+        """Return a function from a share to the units that matter most, over all groups.
+
+        absolute: for their cost; else relative to the mean of their group, which no cost is in proportion to.
+        """
         whole = {g.name: g.units for g in self.groups}
         total = cost(whole)
         places, values = [], []
         for i, g in enumerate(self.groups):
             price = (total - cost({**whole, g.name: g.units - 1})) or 1.0
             own = self.scores[g.name]
-            values.append(own / max(float(own.mean()), 1e-30) / price)
+            values.append(own / price if absolute else own / max(float(own.mean()), 1e-30))
             places.append(torch.full((g.units,), i))
         order = torch.cat(places)[torch.cat(values).argsort(descending=True, stable=True)]
 

@@ -67,6 +67,23 @@ def test_pcp_recovers_a_planted_split() -> None:
     assert found.notes == ()
 
 
+def test_pcp_reaches_the_objective_that_tensorly_does() -> None:
+    decomposition = pytest.importorskip("tensorly.decomposition", reason="skipped: comparison with tensorly, not installed")
+    W = randn(30, 4) @ randn(4, 24, seed=1) + 0.1 * randn(30, 24, seed=2)
+    W[::7, ::5] += 6
+    lam = 30**-0.5
+    theirs = decomposition.robust_pca(  # its nuclear norm is that of both unfoldings
+        W.numpy(), reg_E=lam, reg_J=0.5, learning_rate=1.05, n_iter_max=2000, tol=1e-9, verbose=0
+    )
+    found = run(pcp, W, 24, PcpSplitter(iterations=1000))
+
+    def objective(low: Tensor, sparse: Tensor) -> float:
+        assert float((low + sparse - W).norm()) < 1e-5 * float(W.norm())
+        return float(torch.linalg.matrix_norm(low, "nuc") + lam * sparse.abs().sum())
+
+    assert objective(found.B @ found.A, found.rest) <= 1.01 * objective(*(torch.from_numpy(part) for part in theirs))
+
+
 def test_pcp_says_what_it_cuts() -> None:
     found = run(pcp, randn(20, 30), 3, PcpSplitter(density=0.1))
     assert found.A.shape[0] == 3
@@ -92,6 +109,31 @@ def test_godec_and_oats_never_get_worse_and_keep_their_counts(pattern: str) -> N
             assert kept.sum(1).unique().tolist() == [8]
         else:
             assert int(kept.sum()) == 192
+
+
+@pytest.mark.parametrize("pattern", ["rows", "2:4"])
+def test_warm_steps_end_where_whole_decompositions_do(pattern: str) -> None:
+    """Against the loop of the papers, written out with an SVD an iteration; each ends in a local minimum of its own."""
+    seen = moments(48)
+    assert seen.gram is not None
+    scale = seen.gram.diagonal().sqrt()
+    density = None if pattern == "2:4" else 0.3
+    for rule, options, d in (
+        (oats, OatsSplitter(pattern=pattern, density=density), scale),
+        (godec, GodecSplitter(pattern=pattern, density=density, tolerance=0), torch.ones_like(scale)),
+    ):
+        ratios = []
+        for seed in range(4):
+            W = randn(40, 48, seed=seed)
+            S = rest = torch.zeros_like(W)
+            for _ in range(options.iterations):
+                U, sigma, Vh = torch.linalg.svd(W * d - S, full_matrices=False)
+                rest = W * d - U[:, :5] * sigma[:5] @ Vh[:5]
+                S = torch.where(strongest(rest.abs(), pattern, density or 0.0), rest, 0.0)
+            found = run(rule, W, 5, options, seen)
+            assert float(((W - whole(found)) * d).norm()) == pytest.approx(found.history[-1])
+            ratios.append(found.history[-1] / float((rest - S).norm()))
+        assert sum(ratios) / 4 < 1.02, ratios
 
 
 def test_rank_zero_of_oats_is_wandas_pruning() -> None:
