@@ -54,7 +54,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, weight, offs = ctx.saved_tensors
     dx = grouped_linear(dy, weight.transpose(1, 2), offs) if ctx.needs_input_grad[0] else None
     dW = grouped_outer(dy, x, offs) if ctx.needs_input_grad[1] else None

@@ -133,7 +133,12 @@ def lowered(program: Program, cached: bool, opset: int, as_inputs: bool = False)
             module, given = with_adapters(program, module, given)
         with torch.no_grad(), quiet_exporter():
             made = torch.onnx.export(
-                module, dynamo=True, verbose=False, opset_version=opset, custom_translation_table=expert_translations(), **given
+                module,
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                custom_translation_table=dict(expert_translations()),
+                **given,
             )
     except LrcError:
         raise
