@@ -62,10 +62,13 @@ class Quantized(OwnDtypes):
         scales = sum(tensor.numel() for tensor in self.encoded.values() if tensor.is_floating_point())
         return self.out_features * self.in_features - scales
 
-    def decoded(self, stored: Sequence[Tensor] | None = None) -> Tensor:
-        """Return the weight (out_features, in_features) in the map's dtype; of other packed tensors where given."""
-        encoded = self.encoded if stored is None else dict(zip(self.names, stored, strict=True))
-        return self.form.decode(encoded, self.shape).to(self._dtype)
+    def decoded(self) -> Tensor:
+        """Return the weight (out_features, in_features) in the map's dtype."""
+        return self.weight_of(None, tuple(self.encoded.values()))
+
+    def weight_of(self, values: Tensor | None, stored: Sequence[Tensor]) -> Tensor:
+        """Return the weight of packed tensors, those of `encoded` in order; none of them is trained, there are no values."""
+        return self.form.decode(dict(zip(self.names, stored, strict=True)), self.shape).to(self._dtype)
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
@@ -73,10 +76,7 @@ class Quantized(OwnDtypes):
         if found is None and runs_quantized(x, self.form, self.shape):
             y = quantized_linear(x, self.encoded, self.form, self.out_features)
             return y if self.bias is None else y + self.bias
-        if found is not None:
-            return found
-        packed = Packed(lambda values: self.decoded(), stored=tuple(self.encoded.values()), decode_stored=self.decoded)
-        return packed_linear(x, self.bias, packed)
+        return packed_linear(x, self.bias, Packed(tuple(self.encoded.values()), self.weight_of)) if found is None else found
 
     def matrix(self) -> Tensor:
         """Return the decoded weight, which has no gradient."""

@@ -13,22 +13,20 @@ from torch.nn import functional as F
 class Packed:
     """A weight (out_features, in_features) that is decoded where it is applied.
 
-    decode: returns the weight, from its `values` where it has trained ones. gather: takes a gradient of the weight to one of
-    the values; it is linear. product: returns weight x by a kernel that reads the packed weight; none: decode, then multiply.
-    stored, decode_stored: the packed tensors, and the weight as a function of them, for a weight without trained values; only a
-    compiler asks for them.
+    stored: packed tensors. decode: returns the weight of trained values, where it has some, and of packed tensors. gather:
+    takes a gradient of the weight to one of the values; it is linear. product: returns weight x by a kernel that reads the
+    packed weight; none: decode, then multiply.
     """
 
-    decode: Callable[[Tensor | None], Tensor]
-    gather: Callable[[Tensor], Tensor] | None = None
+    stored: Sequence[Tensor]
+    decode: Callable[[Tensor | None, Sequence[Tensor]], Tensor]
+    gather: Callable[[Tensor, Sequence[Tensor]], Tensor] | None = None
     product: Callable[[Tensor, Tensor | None], Tensor] | None = None
-    stored: Sequence[Tensor] = ()
-    decode_stored: Callable[[Sequence[Tensor]], Tensor] | None = None
 
     def applied(self, x: Tensor, bias: Tensor | None, values: Tensor | None) -> Tensor:
         """Return weight x + bias."""
         if self.product is None:
-            return F.linear(x, self.decode(values), bias)
+            return F.linear(x, self.decode(values, self.stored), bias)
         y = self.product(x, values)
         return y if bias is None else y + bias
 
@@ -36,11 +34,11 @@ class Packed:
 def packed_linear(x: Tensor, bias: Tensor | None, packed: Packed, values: Tensor | None = None) -> Tensor:
     """Return weight x + bias for x (..., in_features), bias (out_features,).
 
-    The backward keeps x and the values, where they are needed, and decodes again. An exporter sees the plain operations, and
-    so does a compiler, which decides itself what is kept; but what it is told how to decode (`stored`) it decodes again too.
+    The backward keeps x and the values, where they are needed, and decodes again, also where torch.compile traces both. An
+    exporter, and a compiler under autocast, sees the plain operations.
     """
-    if compiled_for_training(x) and packed.decode_stored is not None:
-        product: Tensor = DecodedAgain.apply(x, packed.decode_stored, *packed.stored)  # type: ignore[no-untyped-call]
+    if compiled_for_training(x, values):
+        product: Tensor = DecodedAgain.apply(x, values, packed.decode, packed.gather, *packed.stored)  # type: ignore[no-untyped-call]
         return product if bias is None else product + bias
     if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return packed.applied(x, bias, values)
@@ -72,17 +70,20 @@ class PackedLinear(torch.autograd.Function):
         x, values = ctx.saved_tensors
         need_x, need_bias, need_values = ctx.needs_input_grad[:3]
         rows = dy.reshape(-1, dy.shape[-1])
-        dx = dy @ ctx.packed.decode(values).to(dy.dtype) if need_x else None
+        dx = dy @ ctx.packed.decode(values, ctx.packed.stored).to(dy.dtype) if need_x else None
         dbias = rows.sum(0) if need_bias else None
-        dvalues = ctx.packed.gather(rows.T @ x.reshape(-1, ctx.features).to(dy.dtype)) if need_values else None
+        dvalues = None
+        if need_values:
+            dvalues = ctx.packed.gather(rows.T @ x.reshape(-1, ctx.features).to(dy.dtype), ctx.packed.stored)
         return dx, dbias, dvalues, None
 
 
-def compiled_for_training(x: Tensor) -> bool:
-    """Say whether torch.compile traces a product whose gradient with respect to x will be asked for."""
+def compiled_for_training(x: Tensor, values: Tensor | None) -> bool:
+    """Say whether torch.compile traces a product whose gradients will be asked for."""
     if isinstance(x, fx.Proxy) or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    return torch.is_grad_enabled() and x.requires_grad and not torch.is_autocast_enabled(x.device.type)
+    trained = x.requires_grad or (values is not None and values.requires_grad)
+    return torch.is_grad_enabled() and trained and not torch.is_autocast_enabled(x.device.type)
 
 
 @torch.library.custom_op("lrc::in_backward", mutates_args=())
@@ -101,18 +102,24 @@ def _(packed: Tensor, gradient: Tensor) -> Tensor:
 
 
 class DecodedAgain(torch.autograd.Function):
-    """weight x for a frozen packed weight, as compilers trace it: decoded in the forward, and anew in the backward."""
+    """weight x, as compilers trace it: decoded in the forward, and anew in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, decode: Callable[[Sequence[Tensor]], Tensor], *stored: Tensor) -> Tensor:
-        """Multiply."""
-        ctx.decode = decode
-        ctx.save_for_backward(*stored)
-        return F.linear(x, decode(stored))
+    def forward(ctx: Any, x: Tensor, values: Tensor | None, decode: Any, gather: Any, *stored: Tensor) -> Tensor:
+        """Multiply. decode, gather, stored: of `Packed`."""
+        ctx.decode, ctx.gather = decode, gather
+        ctx.save_for_backward(x, values, *stored)
+        return F.linear(x, decode(values, stored))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Decode copies that are made now."""
         (dy,) = gradients
-        weight = ctx.decode([in_backward(tensor, dy) for tensor in ctx.saved_tensors])
-        return dy @ weight.to(dy.dtype), None, *[None for _ in ctx.saved_tensors]
+        x, values, *stored = ctx.saved_tensors
+        copies = [in_backward(tensor, dy) for tensor in stored]
+        dx = dy @ ctx.decode(values, copies).to(dy.dtype) if ctx.needs_input_grad[0] else None
+        dvalues = None
+        if ctx.needs_input_grad[1]:
+            rows = dy.reshape(-1, dy.shape[-1])
+            dvalues = ctx.gather(rows.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype), copies)
+        return dx, dvalues, None, None, *[None for _ in stored]

@@ -154,8 +154,11 @@ def run(method: str, lr: float) -> dict[str, Any]:
     return made
 
 
-def best(method: str) -> dict[str, Any]:
-    """Return the run whose learning rate is best on the text that chooses, from a grid that goes on where that is at an end."""
+def best(method: str, finer: bool) -> dict[str, Any]:
+    """Return the run whose learning rate is best on the text that chooses, from a grid that goes on where that is at an end.
+
+    finer: with the rates half-way to the neighbours of the best one.
+    """
     rows = {lr: run(method, lr) for lr in GRID}
     for _ in range(MORE):
         ok = [lr for lr in sorted(rows) if "failed" not in rows[lr]]
@@ -164,14 +167,19 @@ def best(method: str) -> dict[str, Any]:
             break
         further = float(f"{chosen * 3 if chosen == max(rows) else chosen / 3:.0e}")
         rows[further] = run(method, further)
+    if finer:
+        done = [lr for lr, row in rows.items() if "failed" not in row]
+        middle = min(done, key=lambda lr: float(rows[lr]["choose"]))
+        rows |= {lr: run(method, lr) for lr in (float(f"{middle / 3**0.5:.1e}"), float(f"{middle * 3**0.5:.1e}"))}
     tried = {f"{lr:g}": row.get("choose", row.get("failed")) for lr, row in sorted(rows.items())}
-    done = [row for row in rows.values() if "failed" not in row]
-    return min(done, key=lambda row: float(row["choose"])) | {"tried": tried}
+    made = [row for row in rows.values() if "failed" not in row]
+    return min(made, key=lambda row: float(row["choose"])) | {"tried": tried}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--finer", action="store_true", help="the rates half-way to the neighbours of the best one too")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "LR"))
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -179,7 +187,7 @@ def main() -> None:
         print(json.dumps(one(given.one[0], float(given.one[1]))))
         return
     prepare()
-    show("pretrain", [best(method) for method in given.methods], tokens=STEPS * BATCH * LENGTH, threads=1)
+    show("pretrain", [best(method, given.finer) for method in given.methods], tokens=STEPS * BATCH * LENGTH, threads=1)
 
 
 if __name__ == "__main__":
