@@ -48,7 +48,7 @@ def export_hf(program: Program, folder: Path, options: HfExport) -> Written:
         )
     model, notes, stock = as_stored(program, model)
     with Quiet(need_transformers()):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_original_format=stock)  # factors of experts have no names in the original one
     write_config(program, folder / "config.json", stock=stock)
     if program.origin.folder is not None:
         copy_sidecars(Path(program.origin.folder), folder)
@@ -81,11 +81,14 @@ def stock_modules(program: Program, model: nn.Module) -> dict[str, tuple[Any, Te
     if source is None or "lrc" in getattr(model.config, "to_dict", dict)():
         return None
     made: dict[str, tuple[Any, Tensor]] = {}
+    modules: dict[str, Any] = dict(source.named_modules(remove_duplicate=False))
     for fqn in program.maps:
         site = program.sites[fqn]
         for name, held in program.placed(fqn).items():
-            old: Any = source.get_submodule(name)
-            if not isinstance(held, Dense | Conv | Lookup) or (held.bias is None) != (getattr(old, "bias", None) is None):
+            old = modules.get(name)  # None for a bare parameter, such as the weights of experts
+            if old is None or not isinstance(held, Dense | Conv | Lookup):
+                return None
+            if (held.bias is None) != (getattr(old, "bias", None) is None):
                 return None
             weight = held.weight.T.contiguous() if site.transposed else held.weight
             if weight.shape != old.weight.shape and (weight.ndim != old.weight.ndim or program.modules or program.idle):
