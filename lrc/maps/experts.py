@@ -135,6 +135,10 @@ class View:
         row = 1 if before else 2
         return self.made(x.squeeze(row), ids=self.ids).unsqueeze(row)
 
+    def __rmatmul__(self, x: Tensor) -> Any:
+        """Return x times the matrices."""
+        return self.times(x, before=True)
+
     def grouped(self, x: Tensor, offs: Tensor) -> Any:
         """Return x, rows sorted by expert, times the matrix of each; offs: where the rows of every expert end."""
         if not self.turned or self.ids is not None:
