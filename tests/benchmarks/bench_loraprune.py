@@ -88,7 +88,7 @@ def peak_of(way: str) -> dict[str, int]:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=1000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
-        num_key_value_heads=12,
+        num_key_value_heads=12, use_cache=False,
     )  # fmt: skip
     ids = torch.randint(0, 1000, (1, 64))
     model = transformers.LlamaForCausalLM(config).eval()
