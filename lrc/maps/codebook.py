@@ -1,6 +1,7 @@
 """A matrix made of a few short rows, each used many times: codes say which stands where."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -82,21 +83,22 @@ class Codebook(OwnDtypes):
         """The codes, one number each."""
         return self.pieces
 
-    def places(self) -> Tensor:
-        """Return the codes (pieces,), int32."""
-        return unpack(self.codes, code_bits(self.k), self.pieces)
+    def places(self, codes: Tensor | None = None) -> Tensor:
+        """Return the codes (pieces,), int32; of other packed ones where given."""
+        return unpack(self.codes if codes is None else codes, code_bits(self.k), self.pieces)
 
     def matrix(self) -> Tensor:
         """Return the weight (out_features, in_features) in the map's dtype; gradients flow to the codebook."""
-        return self.looked_up(self.computed("codebook"))
+        return self.weight_of(self.computed("codebook"), (self.codes,))
 
-    def looked_up(self, codebook: Tensor) -> Tensor:
-        """Return the weight of a codebook (k, d), in its dtype."""
-        return codebook.index_select(0, self.places()).reshape(self.out_features, self.in_features)
+    def weight_of(self, values: Tensor | None, stored: Sequence[Tensor]) -> Tensor:
+        """Return the weight of a trained codebook (k, d) and packed codes; one that is not trained comes after the codes."""
+        book = stored[1].to(self._dtype) if values is None else values
+        return book.index_select(0, self.places(stored[0])).reshape(self.out_features, self.in_features)
 
-    def gathered(self, gradient: Tensor) -> Tensor:
+    def gathered(self, gradient: Tensor, stored: Sequence[Tensor]) -> Tensor:
         """Return the sum of a gradient (out_features, in_features) over the pieces of every codeword, (k, d)."""
-        return gradient.new_zeros(self.k, self.d).index_add(0, self.places(), gradient.reshape(-1, self.d))
+        return gradient.new_zeros(self.k, self.d).index_add(0, self.places(stored[0]), gradient.reshape(-1, self.d))
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features), or to (batch, in_features, *sizes)."""
@@ -104,8 +106,8 @@ class Codebook(OwnDtypes):
             kernel = self.matrix().reshape(self.out_features, self.in_features, *(1,) * self.dims)
             return Geometry.unit(self.dims)(x, kernel, self.bias)
         trained = None if "codebook" in self.apart else self.codebook
-        packed = Packed(lambda values: self.looked_up(self.computed("codebook") if values is None else values), self.gathered)
-        return packed_linear(x, self.bias, packed, trained)
+        stored = (self.codes,) if trained is not None else (self.codes, self.codebook)
+        return packed_linear(x, self.bias, Packed(stored, self.weight_of, self.gathered), trained)
 
     def exact(self) -> Affine:
         """Return the weight and the bias in float64."""

@@ -1,5 +1,6 @@
 """A matrix in few bits: packed codes and their scales, decoded where it is applied."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -63,7 +64,11 @@ class Quantized(OwnDtypes):
 
     def decoded(self) -> Tensor:
         """Return the weight (out_features, in_features) in the map's dtype."""
-        return self.form.decode(self.encoded, (self.out_features, self.in_features)).to(self._dtype)
+        return self.weight_of(None, tuple(self.encoded.values()))
+
+    def weight_of(self, values: Tensor | None, stored: Sequence[Tensor]) -> Tensor:
+        """Return the weight of packed tensors, those of `encoded` in order; none of them is trained, there are no values."""
+        return self.form.decode(dict(zip(self.names, stored, strict=True)), self.shape).to(self._dtype)
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to (..., in_features)."""
@@ -71,7 +76,7 @@ class Quantized(OwnDtypes):
         if found is None and runs_quantized(x, self.form, self.shape):
             y = quantized_linear(x, self.encoded, self.form, self.out_features)
             return y if self.bias is None else y + self.bias
-        return packed_linear(x, self.bias, Packed(lambda values: self.decoded())) if found is None else found
+        return packed_linear(x, self.bias, Packed(tuple(self.encoded.values()), self.weight_of)) if found is None else found
 
     def matrix(self) -> Tensor:
         """Return the decoded weight, which has no gradient."""

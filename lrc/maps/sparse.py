@@ -1,6 +1,7 @@
 """A matrix with a fixed support: the numbers that are not zero, and where they stand."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -73,11 +74,21 @@ class Sparse(InParts):
         if found is not None:
             return found
         product = self._csr_product if self._pays_as_csr(x) else None
-        return packed_linear(x, self.bias, Packed(self.spread, self.gathered, product), self.values)
+        packed = Packed((self.support,), self.weight_of, self.gathered_of, product)
+        return packed_linear(x, self.bias, packed, self.values)
+
+    def weight_of(self, values: Tensor | None, stored: Sequence[Tensor]) -> Tensor:
+        """Return the weight of values (count,) on a packed support."""
+        assert values is not None, "a sparse map has values"
+        return self.kind.spread(values, stored[0], self.shape)
+
+    def gathered_of(self, gradient: Tensor, stored: Sequence[Tensor]) -> Tensor:
+        """Return the numbers of a matrix on a packed support."""
+        return self.kind.gather(gradient, stored[0], self.count)
 
     def gathered(self, gradient: Tensor) -> Tensor:
         """Return the numbers of a matrix (out_features, in_features) on the support, in the order of the values."""
-        return self.kind.gather(gradient, self.support, self.count)
+        return self.gathered_of(gradient, (self.support,))
 
     def _pays_as_csr(self, x: Tensor) -> bool:
         """Say whether the product of a CSR matrix is faster and can be had: on a CPU, for few single entries."""

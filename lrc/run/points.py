@@ -1,6 +1,6 @@
 """What a budget that was tried would make of the model, as a point of the plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ from lrc.run.budget import costs
 from lrc.run.plan import Decision, Point
 from lrc.run.session import Session
 
+Total = Callable[[Sequence[Decision]], float | None]
+
 
 class Draw(Protocol):
     """What turns decisions into a point of the plan."""
@@ -22,9 +24,23 @@ class Draw(Protocol):
 
 def drawer(program: Program, session: Session, options: Any, curves: Mapping[str, SiteCurve], index: int) -> Draw:
     """Return what turns decisions on `program` into a point: sizes of the whole model, FLOPs, time and loss of the targets."""
-    numbers, size = program.size()
     counted = with_rows(program, session, options, curves)
     timed = all(curve.times is not None for curve in curves.values()) and bool(curves)
+
+    def flops(decisions: Sequence[Decision]) -> float | None:
+        if counted is None or any(len(d.sites) > 1 for d in decisions):
+            return None
+        return sum(costs(counted[d.name], "flops", d)[1] for d in decisions if d.name in counted)
+
+    def ms(decisions: Sequence[Decision]) -> float | None:
+        return sum(costs(curves[d.name], "ms", d)[1] for d in decisions if d.name in curves) if timed else None
+
+    return drawn(program, index, flops, ms)
+
+
+def drawn(program: Program, index: int, flops: Total, ms: Total) -> Draw:
+    """Return what turns decisions of a pass into a point. flops, ms: what decisions come to, None where that is not known."""
+    numbers, size = program.size()
 
     def draw(decisions: Sequence[Decision], budget: str, amount: float, *, refused: str = "") -> Point:
         if refused:
@@ -37,10 +53,8 @@ def drawer(program: Program, session: Session, options: Any, curves: Mapping[str
             amount,
             parameters=numbers + more_numbers,
             bytes=size + more_bytes,
-            flops=None
-            if counted is None or any(len(d.sites) > 1 for d in decisions)
-            else sum(costs(counted[d.name], "flops", d)[1] for d in decisions if d.name in counted),
-            ms=sum(costs(curves[d.name], "ms", d)[1] for d in decisions if d.name in curves) if timed else None,
+            flops=flops(decisions),
+            ms=ms(decisions),
             loss=sum(d.predicted or 0.0 for d in decisions) if len(units) < 2 else None,
             unit=next(iter(units)) if len(units) == 1 else None,
         )

@@ -50,7 +50,7 @@ class RankedSitePass(SitePass):
                 program.join(fqn)
         check_shapes(program, session, options)
         check_budget(program, session, options, free)
-        check_sweep(program, session, options)
+        check_sweep(program, session, options.rank)
         check_evidence(program, session, options, index)
         trials = trials_for(program, session, options, index)
         terms = session.decompose(program, free, options)
@@ -100,7 +100,7 @@ class RankedSitePass(SitePass):
         if found.tried or session.pareto is not None:
             draw = drawer(program, session, options, curves, index)
             session.points += points_of(found, decided, draw)
-            session.points += swept(program, session, options, allocated, decided, tried, draw)
+            session.points += swept(program, session, options.rank, options.type, allocated, decided, tried, draw)
         return decisions
 
     def undecided(self, site: Site, chosen: Selected, options: Any, index: int) -> Decision:

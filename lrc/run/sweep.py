@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -16,44 +15,45 @@ from lrc.run.session import Session
 from lrc.spec.registry import tag_of
 
 
-def check_sweep(program: Program, session: Session, options: Any) -> None:
+def check_sweep(program: Program, session: Session, budget: RankPolicy) -> None:
     """Raise UsageError for a sweep that cannot be made, before anything is measured."""
-    if session.pareto is None or not options.rank.budget:
+    if session.pareto is None or not budget.budget:
         return
-    kind = kind_of(options)
+    kind = kind_of(budget)
     for amount in session.pareto.budgets:
         policy_of(kind, tag_of(kind), amount)
     if session.pareto.metric is not None:
         trials_of(program, session, session.pareto.metric, "pareto").check()
 
 
-def kind_of(options: Any) -> type[RankPolicy]:
+def kind_of(budget: RankPolicy) -> type[RankPolicy]:
     """Return the budget whose amounts vary: the pass's own, or parameters where that is one of quality."""
-    return ParamsKept if isinstance(options.rank, QualityBudget) else type(options.rank)
+    return ParamsKept if isinstance(budget, QualityBudget) else type(budget)
 
 
 def swept(
     program: Program,
     session: Session,
-    options: Any,
+    budget: RankPolicy,
+    name: str,
     allocated: Callable[[RankPolicy], Allocation],
     decided: Callable[[Choices], list[Decision]],
     made: Callable[[Choices], Program],
     draw: Draw,
 ) -> list[Point]:
-    """Return a point for every budget of the spec's `pareto`, and for the pass's own, the largest amount first.
+    """Return a point for every budget of the spec's `pareto`, and for the pass's own, `budget`, the largest amount first.
 
-    An amount that not even the smallest ranks meet is a point with the reason. A pass without a budget has none, with a note.
-    Raises UsageError for a number that is no amount of the pass's budget.
+    name: of the pass. An amount that not even the smallest ranks meet is a point with the reason. A pass without a budget has
+    none, with a note. Raises UsageError for a number that is no amount of the pass's budget.
     """
     if session.pareto is None:
         return []
-    if not options.rank.budget:
-        session.notices.append(f"pareto: the ranks of `{options.type}` come from no budget, so there is none to vary")
+    if not budget.budget:
+        session.notices.append(f"pareto: the ranks of `{name}` come from no budget, so there is none to vary")
         return []
-    kind = kind_of(options)
+    kind = kind_of(budget)
     key = tag_of(kind)
-    own = getattr(options.rank, key, None)
+    own = getattr(budget, key, None)
     metric = session.pareto.metric
     trials = None if metric is None else trials_of(program, session, metric, "pareto")
     amounts = sorted({*session.pareto.budgets, *([] if own is None else [own])}, reverse=True)

@@ -25,6 +25,12 @@ class AfmSolver(SolverOptions):
         default=True,
         description="Take the mean output out and keep it in the bias (adds a bias to a layer that has none).",
     )
+    prior: float = Field(
+        default=0.0,
+        ge=0,
+        description="Of embeddings: what all rows alike count beside the data, as a share of it; by 0 rows that the data never "
+        "reads are not looked at.",
+    )
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS})
 
 
@@ -54,10 +60,21 @@ def afm(
     loss at rank r is the mean squared output error per token. Computed in float64 from the inputs' moments. Raises
     SolverError on statistics that are missing, misshapen or not finite.
     Source: Yu & Wu (2023), AAAI, doi:10.1609/aaai.v37i9.26304, and Yu et al. (2024), arXiv:2405.18146. Departures: the
-    covariance of y is W C Wᵀ from that of x; the part of b inside U_r stays in the second bias.
+    covariance of y is W C Wᵀ from that of x; the part of b inside U_r stays in the second bias; `prior`.
     """
     check(weight, bias, moments, max_rank, options.needs)
-    return components(weight, bias, moments, max_rank, options.center)
+    return components(weight, bias, with_prior(moments, options.prior), max_rank, options.center)
+
+
+def with_prior(moments: Moments, prior: float) -> Moments:
+    """Return the moments of a table as if all its rows were read alike, too, `prior` times as often as the data reads."""
+    if not prior or moments.gram is None or moments.gram.ndim != 1:
+        return moments
+
+    def blended(value: Tensor | None) -> Tensor | None:
+        return None if value is None else (value.double() + prior * value.double().mean()) / (1 + prior)
+
+    return replace(moments, gram=blended(moments.gram), mean=blended(moments.mean), dense_mean=blended(moments.dense_mean))
 
 
 @solver(LordSolver)

@@ -1,7 +1,6 @@
 """Checkpoints of a training run, found by the content that the run is made from; resuming gives the same bytes."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +60,6 @@ class Checkpoints:
             if not _alive(stale):
                 stale.unlink(missing_ok=True)
         return sorted(self.folder.glob("step-*.pt"))
-
-    def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _alive(path: Path) -> bool:

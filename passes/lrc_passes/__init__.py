@@ -4,6 +4,7 @@ from lrc_passes.adapt import AdaptPass
 from lrc_passes.auto import auto
 from lrc_passes.factorize import factorize
 from lrc_passes.fold_norms import FoldNormsPass
+from lrc_passes.fuse_tables import FuseTablesPass
 from lrc_passes.load_adapter import LoadAdapterPass
 from lrc_passes.merge import merge
 from lrc_passes.prune import PrunePass
@@ -14,6 +15,6 @@ from lrc_passes.split import split
 from lrc_passes.train import TrainPass
 
 BUILTIN = (
-    AdaptPass, auto, factorize, FoldNormsPass, LoadAdapterPass, merge, PrunePass, quantize, ReestimateNormsPass, SlicePass,
-    split, TrainPass,
+    AdaptPass, auto, factorize, FoldNormsPass, FuseTablesPass, LoadAdapterPass, merge, PrunePass, quantize,
+    ReestimateNormsPass, SlicePass, split, TrainPass,
 )  # fmt: skip

@@ -14,22 +14,26 @@ and output gradients G: the increase of the loss in second order, which adds up 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
+from lrc.errors import LrcError
 from lrc.maps import Rows
 from lrc.measure.operators import NOISE, PRESENT
-from lrc.measure.workload import Workload, shapes_at, typical
+from lrc.measure.workload import Workload, rows_per_sample, shapes_at, typical
 from lrc.program import Program
-from lrc.ranks import BytesKept, Choice, OptionsCurve, RankField, Unit, allocate_ranks
+from lrc.ranks import Allocation, BytesKept, Choice, OptionsCurve, RankField, RankPolicy, Unit, allocate_ranks
 from lrc.run import Decision, PassOptions, ProgramPass, Rewrite, Session
 from lrc.run.budget import rest_of, tables_of, warn
+from lrc.run.points import drawn
 from lrc.run.selection import Selected, select_sites
 from lrc.run.session import settled
 from lrc.run.solved_pass import SolvedPass, one_for_all
 from lrc.run.summary import summarize
+from lrc.run.sweep import check_sweep, swept
 from lrc.run.ways import Table, chosen_map, curve_of, tried
 from lrc.solvers import LOSS_UNIT, KfacSolver, SolverOptions
 from lrc.spec.registry import SOLVERS, WAYS, Registered, Rule
@@ -91,6 +95,7 @@ class AutoPass(SolvedPass):
     def plan(self, program: Program, session: Session, options: Any, index: int) -> Sequence[Decision]:
         """Try the options of every selected site, and let the integer program choose."""
         options = settled(program, options)
+        check_sweep(program, session, options.budget)
         selected = [dense_only(program, chosen) for chosen in select_sites(program, session, options, index)]
         free = [s.fqn for s in selected if not s.keep]
         if options.budget.unit == "ms":
@@ -99,18 +104,31 @@ class AutoPass(SolvedPass):
         curves = {fqn: curve_of(program.sites[fqn], table) for fqn, table in tables.items()}
         if options.budget.unit == "ms":
             curves = timed(program, session, options, curves, tables)
-        found = allocate_ranks(
-            list(curves.values()), options.budget, allocate="exact", rest=rest_of(program, curves), key="budget"
-        )
+        rest = rest_of(program, curves)
+
+        def allocated(budget: RankPolicy) -> Allocation:
+            return allocate_ranks(list(curves.values()), budget, allocate="exact", rest=rest, key="budget")
+
+        def decisions_of(choices: Mapping[str, Choice]) -> list[Decision]:
+            decisions = []
+            for chosen in selected:
+                before = summarize(program.sites[chosen.fqn].map)
+                made = Decision(index, options.type, (chosen.fqn,), chosen.rule, before, before, keep=chosen.keep)
+                if not chosen.keep:
+                    made = decided(made, tables[chosen.fqn], curves[chosen.fqn], choices[chosen.fqn], options.budget.unit)
+                decisions.append(made)
+            return decisions
+
+        def tried_out(choices: Mapping[str, Choice]) -> Program:
+            clone = program.clone()
+            self.apply(clone, session, options, decisions_of(choices))
+            return clone
+
+        found = allocated(options.budget)
         session.notices += found.notes
-        decisions = []
-        for chosen in selected:
-            before = summarize(program.sites[chosen.fqn].map)
-            made = Decision(index, options.type, (chosen.fqn,), chosen.rule, before, before, keep=chosen.keep)
-            if not chosen.keep:
-                made = decided(made, tables[chosen.fqn], curves[chosen.fqn], found.choices[chosen.fqn], options.budget.unit)
-            decisions.append(made)
-        return decisions
+        draw = drawn(program, index, partial(flops_of, program, session, options), ms_of)
+        session.points += swept(program, session, options.budget, options.type, allocated, decisions_of, tried_out, draw)
+        return decisions_of(found.choices)
 
     def tables(self, program: Program, session: Session, options: Any, fqns: Sequence[str]) -> dict[str, Table]:
         """Return the options of every site, from the cache where they are there; they do not depend on the budget."""
@@ -143,6 +161,21 @@ class AutoPass(SolvedPass):
 
 
 auto: Rule[[], ProgramPass] = Rule("auto", Auto, AutoPass)
+
+
+def flops_of(program: Program, session: Session, options: Auto, decisions: Sequence[Decision]) -> float | None:
+    """Return the FLOPs of the targets per sample, or None where the traced shapes do not tell the rows."""
+    try:
+        shapes = shapes_at(program, session.samples(program), options.at)
+        return sum(d.after.flops * rows_per_sample(program, program.sites[d.sites[0]], shapes) for d in decisions)
+    except LrcError:
+        return None
+
+
+def ms_of(decisions: Sequence[Decision]) -> float | None:
+    """Return the time of the targets, or None where it was not measured."""
+    times = [d.latency[1] for d in decisions if d.latency is not None]
+    return sum(times) if times else None
 
 
 def dense_only(program: Program, chosen: Selected) -> Selected:

@@ -72,10 +72,10 @@ class Runs:
     ) -> Tensor:
         """Return the objective's loss of a batch, in training or in eval mode. values: in place of parameters, by name."""
         options = self.options.objective
-        mask_id, vocabulary = self.tokens()
+        mask_id, vocabulary, special = self.tokens()
         step = Step(
             batch, self.runner(self.judged if judged else self.student, values), self.teacher and self.runner(self.teacher),
-            self.program.task, generator, mask_id, vocabulary, self.taps, self.session.allow_code,
+            self.program.task, generator, mask_id, vocabulary, special, self.taps, self.session.allow_code,
         )  # fmt: skip
         loss = OBJECTIVES.for_options(options)(step, options)
         assert isinstance(loss, Tensor), "every objective returns a tensor"
@@ -99,13 +99,13 @@ class Runs:
 
         return run
 
-    def tokens(self) -> tuple[int | None, int]:
-        """Return the id of the mask token and the number of tokens, where masked_lm asks for them."""
+    def tokens(self) -> tuple[int | None, int, tuple[int, ...]]:
+        """Return the id of the mask token, the number of tokens and the special ones, where masked_lm asks for them."""
         folder = self.program.origin.folder
         if self.options.objective.type != "masked_lm" or folder is None:
-            return None, 0
+            return None, 0, ()
         tokenizer: Any = load_tokenizer(folder)
-        return tokenizer.mask_token_id, len(tokenizer)
+        return tokenizer.mask_token_id, len(tokenizer), tuple(tokenizer.all_special_ids)
 
 
 def attention_rates_of(program: Program, session: Session) -> Rates:

@@ -34,8 +34,22 @@ from lrc.report.svg import Axis, Series, chart
 Steps = list[dict[str, Any]]
 LOW: dict[str, Any] = {"rank": {"fraction": 0.0834}}
 FACTORIZE: dict[str, Any] = {"type": "factorize", "solver": {"type": "kfac"}}
-CODES: dict[str, Any] = {"type": "factorize"}  # bits a number: log2(k) / m
 WHITENED: dict[str, Any] = {"type": "factorize", "solver": {"type": "whitened", "center": False}, "form": "two_factor"}
+
+
+def codes(m: int, k: int, d: int, *, trained: bool = False) -> dict[str, Any]:
+    """Return LR2VQ by the solver alone, log2(k) / m bits a number and the codebook, or what its recipe starts from."""
+    solver = {"type": "lr2vq", "m": m} | ({"k": None} if trained else {"k": k, "iterations": 30, "choose": d == m})
+    return {"type": "factorize", "solver": solver, "rank": d}
+
+
+def recipe(assign: str) -> Steps:
+    """Return the training of LR2VQ on the calibration data: no labels, and no more text than other ways have."""
+    made = {"type": "train", "objective": "distillation", "optimizer": {"type": "adamw", "lr": 1e-3}, "steps": 100,
+            "batch_size": 4, "recipe": {"type": "lr2vq", "k": 64, "assign": assign, "pretrain": 0.3}}  # fmt: skip
+    return [made] if assign else []
+
+
 WAYS: dict[str, Steps] = {
     "nf4": [{"type": "quantize", "format": "nf4"}],
     "nf3": [{"type": "quantize", "format": "nf3"}],
@@ -43,9 +57,14 @@ WAYS: dict[str, Steps] = {
     "nf4 feedback": [{"type": "quantize", "format": "nf4", "rounding": "feedback"}],
     "nf3 feedback": [{"type": "quantize", "format": "nf3", "rounding": "feedback"}],
     "nf2 feedback": [{"type": "quantize", "format": "nf2", "rounding": "feedback"}],
-    "lr2vq 4": [CODES | {"solver": {"type": "lr2vq", "m": 2, "k": 256, "iterations": 30, "choose": True}, "rank": 2}],
-    "lr2vq 3": [CODES | {"solver": {"type": "lr2vq", "m": 2, "k": 64, "iterations": 30, "choose": True}, "rank": 2}],
-    "lr2vq 2": [CODES | {"solver": {"type": "lr2vq", "m": 4, "k": 256, "iterations": 30, "choose": True}, "rank": 4}],
+    "lr2vq 4": [codes(2, 256, 2)],
+    "lr2vq 3": [codes(2, 64, 2)],
+    "lr2vq 2": [codes(4, 256, 4)],
+    **{
+        f"lr2vq m{m} d{d} k64{how and f' {how}'}": [codes(m, 64, d, trained=bool(how)), *recipe(how)]
+        for m, d in ((4, 3), (8, 5))
+        for how in ("", "straight_through", "dkm")
+    },
     "int8": [{"type": "quantize", "format": "int8"}],
     "int4": [{"type": "quantize", "format": "int4"}],
     "whitened 0.5": [WHITENED | {"rank": {"params_kept": 0.5}}],

@@ -8,10 +8,11 @@ learning rate of the blocks; the first 256 windows of the test text are scored w
 0.001, 0.003 and 0.01, which goes on by threes where its best is at an end; embeddings and head learn at 0.005 by Adam in all
 of them. Every run is a whole one, in a process of its own (`--one METHOD LR`).
 
-adam: every weight, full Adam. galore, fira: the same weights, Adam in subspaces of rank 48 in the blocks. low_rank: every
-weight of a block as a product of rank 48, by Adam. sltrain: that, and 3 % of the entries on random supports. sltrain_8bit:
-sltrain with states of 8 bits, updated in the backward pass, which excludes clipping. Megabytes: of the parameters, all of which
-are trained, and of the optimiser's states, as in a checkpoint. A step: all that lives at its peak, the weights included.
+adam: every weight, full Adam. galore, fira: the same weights, Adam in subspaces of rank 48 in the blocks, of rank 12 in
+galore_small and fira_small. low_rank: every weight of a block as a product of rank 48, by Adam. sltrain: that, and 3 % of the
+entries on random supports. sltrain_8bit: sltrain with states of 8 bits, updated in the backward pass, which excludes clipping.
+Megabytes: of the parameters, all of which are trained, and of the optimiser's states, as in a checkpoint. A step: all that
+lives at its peak, the weights included.
 Results are kept in the benchmarks' folder (LRC_BENCH_DIR), and runs that are there are not repeated.
 """
 
@@ -44,14 +45,15 @@ FIRST: dict[str, list[dict[str, Any]]] = {
     "sltrain": [{"type": "split", "targets": [BLOCKS], "solver": SPARSE, "rank": RANK}],
 }
 FIRST["sltrain_8bit"] = FIRST["sltrain"]
-PROJECTED = {"rank": RANK, "update_proj_gap": 50, "ignore": PLAIN}
+PROJECTED = {"update_proj_gap": 50, "ignore": PLAIN}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "galore": {"type": "galore", **PROJECTED}, "fira": {"type": "fira", **PROJECTED}, "sltrain_8bit": {"type": "adamw8bit"},
-}  # fmt: skip
+    f"{name}{end}": {"type": name, "rank": rank, **PROJECTED}
+    for name in ("galore", "fira") for end, rank in (("", RANK), ("_small", RANK // 4))
+} | {"sltrain_8bit": {"type": "adamw8bit"}}  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
     "sltrain": {"recipe": "sltrain"}, "sltrain_8bit": {"recipe": "sltrain", "per_layer": True, "clip": None},
 }  # fmt: skip
-METHODS = ("adam", "galore", "fira", "low_rank", "sltrain", "sltrain_8bit")
+METHODS = ("adam", "galore", "fira", "galore_small", "fira_small", "low_rank", "sltrain", "sltrain_8bit")
 
 
 def prepare() -> Path:
@@ -152,8 +154,11 @@ def run(method: str, lr: float) -> dict[str, Any]:
     return made
 
 
-def best(method: str) -> dict[str, Any]:
-    """Return the run whose learning rate is best on the text that chooses, from a grid that goes on where that is at an end."""
+def best(method: str, finer: bool) -> dict[str, Any]:
+    """Return the run whose learning rate is best on the text that chooses, from a grid that goes on where that is at an end.
+
+    finer: with the rates half-way to the neighbours of the best one.
+    """
     rows = {lr: run(method, lr) for lr in GRID}
     for _ in range(MORE):
         ok = [lr for lr in sorted(rows) if "failed" not in rows[lr]]
@@ -162,14 +167,19 @@ def best(method: str) -> dict[str, Any]:
             break
         further = float(f"{chosen * 3 if chosen == max(rows) else chosen / 3:.0e}")
         rows[further] = run(method, further)
+    if finer:
+        done = [lr for lr, row in rows.items() if "failed" not in row]
+        middle = min(done, key=lambda lr: float(rows[lr]["choose"]))
+        rows |= {lr: run(method, lr) for lr in (float(f"{middle / 3**0.5:.1e}"), float(f"{middle * 3**0.5:.1e}"))}
     tried = {f"{lr:g}": row.get("choose", row.get("failed")) for lr, row in sorted(rows.items())}
-    done = [row for row in rows.values() if "failed" not in row]
-    return min(done, key=lambda row: float(row["choose"])) | {"tried": tried}
+    made = [row for row in rows.values() if "failed" not in row]
+    return min(made, key=lambda row: float(row["choose"])) | {"tried": tried}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--finer", action="store_true", help="the rates half-way to the neighbours of the best one too")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "LR"))
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -177,7 +187,7 @@ def main() -> None:
         print(json.dumps(one(given.one[0], float(given.one[1]))))
         return
     prepare()
-    show("pretrain", [best(method) for method in given.methods], tokens=STEPS * BATCH * LENGTH, threads=1)
+    show("pretrain", [best(method, given.finer) for method in given.methods], tokens=STEPS * BATCH * LENGTH, threads=1)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """Maps that store their weight packed: quantised ones and sparse ones."""
 
 import json
+import warnings
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_maps import randn
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from lrc.formats import FORMATS, support_of
-from lrc.maps import Chain, LinearMap, Quantized, Sparse, Sum, fold, restore, simplify
+from lrc.maps import Chain, Codebook, LinearMap, Quantized, Sparse, Sum, fold, restore, simplify
 from lrc.maps.recompute import Packed, packed_linear
 from lrc.solvers.splits.support import strongest
 
@@ -156,7 +160,8 @@ def test_the_gradients_of_a_sparse_map_are_right(pattern: str) -> None:
     x = randn(1, 2, 18, seed=3).requires_grad_()
 
     def apply(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        return packed_linear(x, bias, Packed(made.spread, made.gathered, made._csr_product if few else None), values)
+        product = made._csr_product if few else None
+        return packed_linear(x, bias, Packed((made.support,), made.weight_of, made.gathered_of, product), values)
 
     given = (x, made.values.detach().clone().requires_grad_(), randn(4, seed=5).requires_grad_())
     assert torch.autograd.gradcheck(apply, given)
@@ -201,6 +206,39 @@ def test_no_dense_weight_is_kept_for_the_backward(pattern: str) -> None:
     if isinstance(rest, Sparse):
         rest.values.requires_grad_(False)
         assert kept_for_backward(made, x) == 5 * 4
+
+
+def test_a_compiler_keeps_packed_numbers_for_the_backward() -> None:
+    kept: list[list[tuple[int, ...]]] = []
+
+    def forward_graph(graph: fx.GraphModule, _: Any) -> Any:
+        (outputs,) = graph.graph.find_nodes(op="output")
+        kept.append([tuple(node.meta["val"].shape) for node in outputs.args[0]])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward_graph, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )  # fmt: skip
+    W, codes = randn(64, 96, seed=1).float(), torch.arange(64 * 12) % 7
+    made = nn.Sequential(
+        Sum(
+            Chain(randn(64, 4, seed=3).float(), randn(4, 96, seed=4).float()), Quantized.of(W, FORMATS["nf4"], torch.zeros(64))
+        ),
+        Sparse.of(W.T.contiguous(), supported(96, 64, "2:4", 0.5, seed=2), pattern="2:4"),
+        Codebook.of(codes, randn(7, 8, seed=5).float(), 64),
+        Codebook.of(codes, randn(7, 8, seed=6).half(), 96, torch.float32),
+    )
+    x = randn(5, 96, seed=5).float().requires_grad_()
+    given = [x, *made.parameters()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+        torch._dynamo.reset()
+        found = torch.compile(made, backend=backend, fullgraph=True)(x)
+    assert not [shape for shape in kept[0] if sorted(shape) == [64, 96]]
+    own, plain = torch.autograd.grad(found.square().sum(), given), torch.autograd.grad(made(x).square().sum(), given)
+    for one, other in zip(own, plain, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_packed_maps_work_under_autocast_and_vmap() -> None:

@@ -1,11 +1,13 @@
 """auto: the best option of every weight within one budget; what the plan says of it, and what it refuses."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -132,6 +134,31 @@ def test_another_budget_tries_nothing_again(compiled: Compile, monkeypatch: pyte
     again = compiled(budget={"bytes_kept": 0.1})
     assert again.plan == first.plan
     assert torch.equal(again.module(inputs()), first.module(inputs()))
+
+
+def test_other_budgets_are_points_from_the_same_tables(compiled: Compile, cached: Path) -> None:
+    def plan(kept: float, **more: Any) -> Plan:
+        spec = {"version": 1, "passes": [{"type": "auto", "ways": FEW, "budget": {"bytes_kept": kept}}], **more}
+        return lrc.plan(wide(), spec, calibration=[{"x": inputs()}], cache=cached)
+
+    np.savez("labelled.npz", x=inputs().numpy(), labels=np.zeros(64, dtype=np.int64))
+    judged = {"budgets": [0.6, 0.07, 0.001], "metric": "accuracy"}
+    found = plan(0.2, pareto=judged, evaluate={"dataset": "labelled.npz"})
+    assert [(p.budget, p.amount, p.chosen) for p in found.points] == [
+        ("bytes_kept", 0.6, False), ("bytes_kept", 0.2, True), ("bytes_kept", 0.07, False), ("bytes_kept", 0.001, False),
+    ]  # fmt: skip
+    for point in found.points[:3]:
+        alone = plan(point.amount)
+        assert (point.parameters, point.bytes) == (alone.parameters[1], alone.bytes[1])
+        assert point.loss == pytest.approx(sum(d.predicted or 0.0 for d in alone.decisions))
+        rows = {"conv": 96}  # positions of a sample
+        assert point.flops == sum(d.after.flops * rows.get(d.sites[0], 1) for d in alone.decisions)
+        assert point.metric == "accuracy"
+    assert found.points[3].bytes is None
+    assert "expected at least" in found.points[3].note
+    assert replace(found, points=()) == plan(0.2)
+    with pytest.raises(UsageError, match=r"pareto\.budgets: bytes_kept: .* got 1\.5"):
+        plan(0.2, pareto={"budgets": [1.5]})
 
 
 def times_like_flops(cache: Any, structures: Any, shape: tuple[int, ...], **_: Any) -> dict[str, float]:

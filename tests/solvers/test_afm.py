@@ -204,6 +204,47 @@ def test_a_large_mean_does_not_hide_the_spread(rule: Solver) -> None:
     assert lost < 1e-3 * float(near.losses()[0])
 
 
+def read(counts: Tensor) -> Moments:
+    """The moments of the one-hot vectors of a table whose rows are read that often."""
+    share = counts.double() / counts.sum()
+    return Moments(gram=share, mean=share, tokens=int(counts.sum()))
+
+
+def test_rows_that_are_read_alike_lose_the_tail_of_the_centred_table() -> None:
+    table = randn(5, 40, seed=1) + 3  # transposed, as solvers see it
+    terms = solved(afm, table, read(torch.full((40,), 7)))
+    mean = table.mean(1, keepdim=True)
+    U, S, Vh = torch.linalg.svd(table - mean, full_matrices=False)
+    for rank in range(1, 6):
+        tail = float(S[rank:].square().sum()) / 40
+        assert float(terms.losses()[rank]) == pytest.approx(tail, rel=1e-6, abs=1e-12)
+        best = (U[:, :rank] * S[:rank]) @ Vh[:rank] + mean
+        assert torch.allclose(outputs(terms, rank, torch.eye(40, dtype=F64)).T, best, atol=1e-9)
+
+
+def test_a_prior_looks_at_rows_that_the_data_never_reads() -> None:
+    table = randn(6, 40, seed=2)
+    table[:3, 20:] *= 0.1
+    table[3:, :20] *= 0.1  # the rows that are never read lie in other directions
+    counts = torch.cat([torch.randint(1, 50, (20,), generator=torch.Generator().manual_seed(3)), torch.zeros(20)])
+
+    def errors(prior: float) -> tuple[float, float]:
+        terms = solved(afm, table, read(counts), prior=prior)
+        rest = outputs(terms, 3, torch.eye(40, dtype=F64)).T - table
+        return float(rest[:, :20].norm()), float(rest[:, 20:].norm())
+
+    plain, some, alike = errors(0.0), errors(1.0), errors(1e9)
+    assert plain[0] < some[0]
+    assert some[1] < 0.8 * plain[1]
+    uniform = solved(afm, table, read(torch.ones(40)))
+    rest = outputs(uniform, 3, torch.eye(40, dtype=F64)).T - table
+    assert alike == pytest.approx((float(rest[:, :20].norm()), float(rest[:, 20:].norm())), rel=1e-6)
+    X = samples(7, 4)
+    W = randn(5, 7, seed=5)
+    same = [solved(afm, W, moments_of(X), prior=prior) for prior in (0.0, 3.0)]
+    assert torch.equal(same[0].B, same[1].B)  # of a table alone
+
+
 def test_lord_is_afm_under_its_own_name() -> None:
     W, X = randn(5, 4, seed=1), samples(4, 2)
     assert (afm.name, lord.name) == ("afm", "lord")

@@ -1,5 +1,6 @@
 """The recipe lr2vq: pieces in a few dimensions, trained, clustered, stored as codes."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import lrc
 from lrc.errors import UsageError
 from lrc.maps import Chain, Codebook, Segments
+from lrc.train.distributed import World
 
 DATA = torch.randn(64, 16, generator=torch.Generator().manual_seed(3))
 
@@ -115,11 +117,14 @@ def test_a_killed_run_ends_where_another_does(assign: str, monkeypatch: pytest.M
     assert torch.equal(again.module(DATA), whole.module(DATA))
 
 
-def test_there_must_be_something_to_cluster() -> None:
+def test_there_must_be_something_to_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="weights in pieces that are not clustered yet"):
         compiled({}, solver={"k": 4, "dtype": "model"})
     with pytest.raises(UsageError, match="per_layer"):
         compiled({"assign": "straight_through"}, per_layer=True, clip=None)
+    monkeypatch.setattr(import_module("lrc.train.recipes.lr2vq"), "world", lambda: World(0, 2))
+    with pytest.raises(UsageError, match="codewords, which are no part of the model, are not averaged"):
+        compiled({"assign": "straight_through"})
 
 
 def test_a_plain_run_trains_codewords_of_codes_that_stay() -> None:

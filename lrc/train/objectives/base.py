@@ -36,7 +36,8 @@ class ObjectiveOptions(Tagged):
 class Step:
     """One batch and what to run it on. student: in training mode; generator: of the step, for random choices.
 
-    mask_id, vocabulary: of the tokenizer, where there is one. tapped: names of the tapped outputs.
+    mask_id, vocabulary, special: of the tokenizer, where there is one; special ids stand for no text. tapped: names of the
+    tapped outputs.
     """
 
     batch: Batch
@@ -46,6 +47,7 @@ class Step:
     generator: torch.Generator = field(default_factory=torch.Generator)
     mask_id: int | None = None
     vocabulary: int = 0
+    special: tuple[int, ...] = ()
     tapped: tuple[str, ...] = ()
     allow_code: bool = False
 

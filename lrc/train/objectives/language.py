@@ -49,15 +49,24 @@ class MaskedLm(ObjectiveOptions):
 def masked_lm(step: Step, options: MaskedLm) -> Tensor:
     """Return the mean over the chosen tokens: 80 % of them are hidden, 10 % replaced by a random one, 10 % left.
 
+    Special tokens and padding are never chosen; where chance chooses nothing, the first token is. Raises DataError for a batch
+    of such tokens alone, and UsageError without a mask token.
     Source: Devlin et al. (2019), arXiv:1810.04805, section 3.1.
     """
     if step.mask_id is None:
         raise UsageError("objective masked_lm", expected="a tokenizer with a mask token", got="none")
     ids = step.batch["input_ids"]
     mask = step.batch.get("attention_mask", torch.ones_like(ids))
+    words = (mask.cpu() > 0) & ~torch.isin(ids.cpu(), torch.tensor(step.special, dtype=ids.dtype))
+    if not bool(words.any()):
+        raise DataError(
+            "objective masked_lm", expected="something to predict in every batch", got="special tokens and padding alone",
+            hint="Leave such samples out, or raise `batch_size`",
+        )  # fmt: skip
     draws = torch.rand(3, *ids.shape, generator=step.generator)
-    chosen = (draws[0] < options.share) & (mask.cpu() > 0)
-    chosen[0, 0] |= not bool(chosen.any())  # a loss over nothing is not a number
+    chosen = (draws[0] < options.share) & words
+    if not bool(chosen.any()):  # a loss over nothing is not a number
+        chosen[tuple(words.nonzero()[0])] = True
     random_ids = (draws[2] * step.vocabulary).long().to(ids.device)
     hidden = torch.where((chosen & (draws[1] < 0.8)).to(ids.device), torch.full_like(ids, step.mask_id), ids)
     hidden = torch.where((chosen & (draws[1] >= 0.9)).to(ids.device), random_ids, hidden)

@@ -13,6 +13,7 @@ from lrc.maps import Chain, Conv, Geometry, LinearMap, Segments, coded, fold
 from lrc.program import Program
 from lrc.solvers.kmeans import kmeans, nearest, softly
 from lrc.solvers.lr2vq import orthonormal
+from lrc.train.distributed import world
 from lrc.train.optim import PerLayer
 from lrc.train.recipes.base import Context, Recipe, RecipeOptions, recipe
 
@@ -57,6 +58,11 @@ def lr2vq(context: Context, options: Lr2vqRecipe) -> Recipe:
         raise UsageError(
             "recipe lr2vq", message="codewords with hard assignments are trained, and `per_layer` trains no more than the maps",
             hint="Set `per_layer: false`, or `assign: dkm`",
+        )  # fmt: skip
+    if options.assign == "straight_through" and world().size > 1:
+        raise UsageError(
+            "recipe lr2vq", message="gradients of codewords, which are no part of the model, are not averaged over processes",
+            hint="Set `assign: dkm`, or train in one process",
         )  # fmt: skip
     return Clustering(context, layers, options)
 

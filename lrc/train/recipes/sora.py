@@ -63,6 +63,7 @@ class Sparsify(Recipe):
     def __init__(self, gates: list[Tensor], groups: list[dict[str, Any]], options: SoraRecipe, steps: int) -> None:
         self.gates, self.groups, self.options, self.steps = gates, groups, options, steps
         self.values = thresholds(groups[0]["threshold"], options)
+        self.done = 0
 
     def at(self, done: int) -> float:
         """Return the threshold of a step: the first one until the stages at the end begin."""
@@ -72,6 +73,7 @@ class Sparsify(Recipe):
 
     def before(self, done: int) -> None:
         """Set the threshold."""
+        self.done = done
         for group in self.groups:
             group["threshold"] = self.at(done)
 
@@ -81,6 +83,10 @@ class Sparsify(Recipe):
             return None
         count = sum(g.numel() for g in self.gates)
         return self.options.l1 * torch.stack([g.abs().sum() for g in self.gates]).sum() / count
+
+    def comparable(self) -> bool:
+        """Say whether the last threshold is reached: more gates do better, and are not what the run is to end with."""
+        return self.at(self.done) == self.values[-1]
 
     def finish(self) -> list[str]:
         """Say how many gates are closed; `merge` drops their components."""

@@ -67,6 +67,23 @@ def test_pcp_recovers_a_planted_split() -> None:
     assert found.notes == ()
 
 
+def test_pcp_reaches_the_objective_that_tensorly_does() -> None:
+    decomposition = pytest.importorskip("tensorly.decomposition", reason="skipped: comparison with tensorly, not installed")
+    W = randn(30, 4) @ randn(4, 24, seed=1) + 0.1 * randn(30, 24, seed=2)
+    W[::7, ::5] += 6
+    lam = 30**-0.5
+    theirs = decomposition.robust_pca(  # its nuclear norm is that of both unfoldings
+        W.numpy(), reg_E=lam, reg_J=0.5, learning_rate=1.05, n_iter_max=2000, tol=1e-9, verbose=0
+    )
+    found = run(pcp, W, 24, PcpSplitter(iterations=1000))
+
+    def objective(low: Tensor, sparse: Tensor) -> float:
+        assert float((low + sparse - W).norm()) < 1e-5 * float(W.norm())
+        return float(torch.linalg.matrix_norm(low, "nuc") + lam * sparse.abs().sum())
+
+    assert objective(found.B @ found.A, found.rest) <= 1.01 * objective(*(torch.from_numpy(part) for part in theirs))
+
+
 def test_pcp_says_what_it_cuts() -> None:
     found = run(pcp, randn(20, 30), 3, PcpSplitter(density=0.1))
     assert found.A.shape[0] == 3
