@@ -23,14 +23,13 @@ class Score:
 
     entries: from a weight (out_features, in_features) and its moments to the scores of its entries, not negative, in float32
     or more; None where gates on what sites read are differentiated in their place. needs: what is measured for it. sides: of a
-    unit, what is summed: rows of what writes it (out), columns of what reads it (in). root: a unit has the root of the sum.
+    unit, what is summed: rows of what writes it (out), columns of what reads it (in).
     absolute: units of different groups compare as they are, for their cost; else only relative to the mean of their group.
     """
 
     entries: Entries | None
     needs: frozenset[Need] = frozenset()
     sides: tuple[str, ...] = ("out", "in")
-    root: bool = False
     absolute: bool = False
 
 
@@ -48,7 +47,7 @@ def wanda(weight: Tensor, moments: Moments) -> Tensor:
 
 
 SCORES: Mapping[str, Score] = {
-    "magnitude": Score(magnitude, root=True),
-    "wanda": Score(wanda, frozenset({Need.INPUTS}), sides=("in",), root=True),
+    "magnitude": Score(magnitude),
+    "wanda": Score(wanda, frozenset({Need.INPUTS}), sides=("in",)),
     "taylor": Score(None, sides=("in",), absolute=True),
 }

@@ -62,7 +62,7 @@ WAYS: dict[str, Steps] = {
     "lr2vq 2": [codes(4, 256, 4)],
     **{
         f"lr2vq m{m} d{d} k64{how and f' {how}'}": [codes(m, 64, d, trained=bool(how)), *recipe(how)]
-        for m, d in ((4, 3), (8, 5))
+        for m, d in ((4, 3), (4, 4))
         for how in ("", "straight_through", "dkm")
     },
     "int8": [{"type": "quantize", "format": "int8"}],

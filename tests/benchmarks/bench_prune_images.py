@@ -1,6 +1,7 @@
 """Structured pruning of ResNet-20 under a budget of FLOPs, beside torch-pruning.
 
-    python tests/benchmarks/bench_prune_images.py [--kept 0.75 0.5] [--torch-pruning] [--no-speed]
+    python tests/benchmarks/bench_prune_images.py [--kept 0.5] [--where inside all] [--allocate uniform global]
+        [--torch-pruning] [--no-speed]
 
 CIFAR-10 test accuracy before and after the norms' statistics are measured again (on 500 training images, which calibrate too).
 FLOPs are of the whole model. `inside`: the channels between the two convolutions of a block alone, which is what torch-pruning
@@ -27,7 +28,7 @@ def flops_of(program: Any, images: Tensor) -> float:
     return float(count_flops(program, {next(iter(program.inputs.examples)): images[:1]}))
 
 
-def bench_resnet20(kept: float, compare: bool, timed: bool) -> list[dict[str, Any]]:
+def bench_resnet20(kept: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     model = resnet20()
     images, labels = cifar("test_2000")
     given, _ = cifar("train_1000")
@@ -44,19 +45,19 @@ def bench_resnet20(kept: float, compare: bool, timed: bool) -> list[dict[str, An
     inside = ["layer*.*.conv1", "layer*.*.conv2"]
     outside = sum(flops_of_site(program, fqn, given) for fqn in ("conv1", "linear"))
     shares = {"inside": (kept * dense - outside) / (dense - outside), "all": kept}
-    for where, targets in (("inside", inside), ("all", ["**"])):
-        for allocate in ("uniform", "global"):
+    for where in options.where:
+        for allocate in options.allocate:
             for criterion in CRITERIA:
-                options: dict[str, Any] = {"targets": targets, "method": {"allocate": allocate}}
+                how: dict[str, Any] = {"targets": inside if where == "inside" else ["**"], "method": {"allocate": allocate}}
                 amount = {"flops_kept": shares[where]}
-                done, more = checked(lambda: prune(program, calibration, amount, criterion, **options), {name: given[:8]})  # noqa: B023
-                again = prune(program, calibration, amount, criterion, then=[{"type": "reestimate_norms"}], **options)
-                if timed and (criterion, allocate) == ("magnitude", "uniform"):
+                done, more = checked(lambda: prune(program, calibration, amount, criterion, **how), {name: given[:8]})  # noqa: B023
+                again = prune(program, calibration, amount, criterion, then=[{"type": "reestimate_norms"}], **how)
+                if not options.no_speed and (criterion, allocate, where) == ("magnitude", "uniform", "inside"):
                     more |= speed(done, {name: given[:32]})
                 scored(f"{criterion} {allocate} {where}", done.module, again.module, flops_of(done.program, given), **more)
-    if compare:
+    if options.torch_pruning:
         for criterion in ("magnitude", "taylor"):
-            for globally in (False, True):
+            for globally in (way == "global" for way in options.allocate):
                 best, flops = torch_pruning(criterion, globally, kept * dense, given)
                 batches = [(batch[name],) for batch in calibration]
                 again = lrc.compile(best, {"version": 1, "passes": [{"type": "reestimate_norms"}]}, inputs=[given[:4]],
@@ -79,19 +80,20 @@ def torch_pruning(criterion: str, globally: bool, most: float, given: Tensor) ->
     """
     import torch_pruning as tp  # type: ignore[import-not-found]  # only for this comparison
 
-    labels = cifar("train_1000")[1]
+    dense, labels = resnet20(), cifar("train_1000")[1]
+    for i in range(0, 500, 100) if criterion == "taylor" else ():
+        F.cross_entropy(dense(given[i : i + 100]), labels[i : i + 100]).backward()
     low, high = 0.0, 0.98
     best: tuple[nn.Module, float] | None = None
-    for _ in range(9):
+    for _ in range(8):
         ratio = (low + high) / 2
         model = resnet20()
         kept_whole = [m for name, m in model.named_modules() if name in ("conv1", "linear") or name.endswith("conv2")]
         importance = (
             tp.importance.GroupTaylorImportance() if criterion == "taylor" else tp.importance.GroupMagnitudeImportance(p=2)
         )
-        if criterion == "taylor":
-            for i in range(0, 500, 100):
-                F.cross_entropy(model(given[i : i + 100]), labels[i : i + 100]).backward()
+        for mine, theirs in zip(model.parameters(), dense.parameters(), strict=True):
+            mine.grad = None if theirs.grad is None else theirs.grad.clone()
         tp.pruner.MagnitudePruner(
             model, given[:1], importance=importance, pruning_ratio=ratio, global_pruning=globally, ignored_layers=kept_whole
         ).step()
@@ -106,11 +108,13 @@ def torch_pruning(criterion: str, globally: bool, most: float, given: Tensor) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kept", type=float, nargs="*", default=[0.5])
+    parser.add_argument("--where", nargs="*", default=["inside", "all"], choices=["inside", "all"])
+    parser.add_argument("--allocate", nargs="*", default=["uniform", "global"], choices=["uniform", "global"])
     parser.add_argument("--torch-pruning", action="store_true")
     parser.add_argument("--no-speed", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [found for kept in options.kept for found in bench_resnet20(kept, options.torch_pruning, not options.no_speed)]
+    rows = [found for kept in options.kept for found in bench_resnet20(kept, options)]
     show("structured pruning of ResNet-20", rows)
 
 

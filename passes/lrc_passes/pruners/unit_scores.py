@@ -24,7 +24,7 @@ def unit_scores(program: Program, session: Session, groups: Sequence[Group], cri
     score = SCORES[criterion]
     measured = score.entries is None or score.needs
     key = digest(
-        "units-2", program.digest(), criterion, [group.name for group in groups], list(session.batches) if measured else [],
+        "units-3", program.digest(), criterion, [group.name for group in groups], list(session.batches) if measured else [],
         session.seed if measured else 0, torch.__version__, torch.get_num_threads(),
     )  # fmt: skip
     stored = session.cache.get(key)
@@ -45,7 +45,7 @@ def of_units(group: Group, summed: Summed, score: Score) -> Tensor:
     for member in group.members:
         if member.site is not None and member.slot[2] in score.sides:
             total += summed[member.site, member.slot[2]][torch.from_numpy(member.index)].sum(1)
-    return total.sqrt() if score.root else total
+    return total
 
 
 def by_gates(groups: Sequence[Group], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
