@@ -9,10 +9,11 @@ learning rate of the blocks; the first 256 windows of the test text are scored w
 of them. Every run is a whole one, in a process of its own (`--one METHOD LR`).
 
 adam: every weight, full Adam. galore, fira: the same weights, Adam in subspaces of rank 48 in the blocks, of rank 12 in
-galore_small and fira_small. low_rank: every weight of a block as a product of rank 48, by Adam. sltrain: that, and 3 % of the
-entries on random supports. sltrain_8bit: sltrain with states of 8 bits, updated in the backward pass, which excludes clipping.
-Megabytes: of the parameters, all of which are trained, and of the optimiser's states, as in a checkpoint. A step: all that
-lives at its peak, the weights included.
+galore_small and fira_small; fira_orthogonal has the paper's residual G - P P'G, its code's G - scale P P'G is the default.
+low_rank: every weight of a block as a product of rank 48, by Adam. sltrain: that, and 3 % of the entries on random supports.
+sltrain_8bit: sltrain with states of 8 bits, updated in the backward pass, which excludes clipping. Megabytes: of the
+parameters, all of which are trained, and of the optimiser's states, as in a checkpoint. A step: all that lives at its peak,
+the weights included.
 Results are kept in the benchmarks' folder (LRC_BENCH_DIR), and runs that are there are not repeated.
 """
 
@@ -50,10 +51,13 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     f"{name}{end}": {"type": name, "rank": rank, **PROJECTED}
     for name in ("galore", "fira") for end, rank in (("", RANK), ("_small", RANK // 4))
 } | {"sltrain_8bit": {"type": "adamw8bit"}}  # fmt: skip
+OPTIMIZERS["fira_orthogonal"] = OPTIMIZERS["fira"] | {"residual": "orthogonal"}
 OTHERS: dict[str, dict[str, Any]] = {
     "sltrain": {"recipe": "sltrain"}, "sltrain_8bit": {"recipe": "sltrain", "per_layer": True, "clip": None},
 }  # fmt: skip
-METHODS = ("adam", "galore", "fira", "galore_small", "fira_small", "low_rank", "sltrain", "sltrain_8bit")
+METHODS = (
+    "adam", "galore", "fira", "fira_orthogonal", "galore_small", "fira_small", "low_rank", "sltrain", "sltrain_8bit",
+)  # fmt: skip
 
 
 def prepare() -> Path:
