@@ -104,21 +104,21 @@ def perplexity(program: Program, text: Path, folder: Path) -> float:
     return math.exp(float(torch.cat(losses).mean()))
 
 
-def one(method: str, lr: float) -> dict[str, Any]:
-    """Train once and return what is measured."""
+def one(method: str, lr: float, steps: int = STEPS) -> dict[str, Any]:
+    """Train once and return what is measured; seconds are those of the processor."""
     folder = prepare()
     told: list[float] = []
 
     def progress(stage: str, done: int, total: int) -> None:
         if stage == "train":
-            told.append(time.perf_counter())
+            told.append(time.process_time())
 
     train = {
         "type": "train", "data": {"dataset": str(folder / "train.txt"), "max_length": LENGTH}, "objective": "causal_lm",
         "parameters": "all", "optimizer": {"type": "adamw"} | OPTIMIZERS.get(method, {}) | {"lr": lr},
-        "schedule": {"type": "cosine", "warmup_ratio": 0.1, "final": 0.1}, "steps": STEPS, "batch_size": BATCH,
+        "schedule": {"type": "cosine", "warmup_ratio": 0.1, "final": 0.1}, "steps": steps, "batch_size": BATCH,
         "lr_factors": dict.fromkeys(PLAIN, AROUND / lr),
-        "checkpoint_every": STEPS, **OTHERS.get(method, {}),
+        "checkpoint_every": steps, **OTHERS.get(method, {}),
     }  # fmt: skip
     spec = {"version": 1, "model": {"init": "random"}, "passes": [*FIRST.get(method, []), train]}
     with tempfile.TemporaryDirectory() as cache:
@@ -129,6 +129,8 @@ def one(method: str, lr: float) -> dict[str, Any]:
         (path,) = Path(cache).rglob("step-*.pt")
         kept = torch.load(path, weights_only=True)
     program = done.program
+    if steps < STEPS:
+        return {"method": method, "seconds_a_step": statistics.median(b - a for a, b in pairwise(told))}
     return {
         "method": method, "lr": lr, "parameters": program.size()[0],
         "choose": perplexity(program, folder / "choose.txt", folder),
@@ -158,6 +160,19 @@ def run(method: str, lr: float) -> dict[str, Any]:
     return made
 
 
+def times(methods: list[str], rounds: int = 3) -> list[dict[str, Any]]:
+    """Return the time of a step of every method, the median over rounds of a few steps in turns, in processes of their own."""
+    found: dict[str, list[float]] = {method: [] for method in methods}
+    for _ in range(rounds):
+        for method in methods:
+            command = [sys.executable, __file__, "--one", method, "1e-3", "--steps", "8"]
+            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found[method].append(json.loads(told.splitlines()[-1])["seconds_a_step"])
+    medians = {method: statistics.median(values) for method, values in found.items()}
+    first = medians[methods[0]]
+    return [{"method": m, "seconds_a_step": round(s, 3), f"over_{methods[0]}": round(s / first, 3)} for m, s in medians.items()]
+
+
 def best(method: str, finer: bool) -> dict[str, Any]:
     """Return the run whose learning rate is best on the text that chooses, from a grid that goes on where that is at an end.
 
@@ -184,13 +199,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--finer", action="store_true", help="the rates half-way to the neighbours of the best one too")
+    parser.add_argument("--times", action="store_true", help="the time of a step alone, by methods in turns")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of --one")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "LR"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.one:
-        print(json.dumps(one(given.one[0], float(given.one[1]))))
+        print(json.dumps(one(given.one[0], float(given.one[1]), given.steps)))
         return
     prepare()
+    if given.times:
+        show("pretrain, time of a step", times(given.methods), tokens_a_step=BATCH * LENGTH, threads=1)
+        return
     show("pretrain", [best(method, given.finer) for method in given.methods], tokens=STEPS * BATCH * LENGTH, threads=1)
 
 

@@ -154,7 +154,7 @@ def test_blank_texts_are_left_out_and_missing_ones_refused_with_their_row(tmp_pa
 def test_rows_must_have_every_column_that_is_needed(tmp_path: Path) -> None:
     path, rows = tmp_path / "a.csv", [{"a": "1", "b": "2"}, {"a": "1", "b": ""}]
     need_columns(rows[:1], path, ("a", "b"))
-    assert refusal(need_columns, rows, path, ("a", "b")) == f"{path}, row 2: expected the columns a, b, got a, b."
+    assert refusal(need_columns, rows, path, ("a", "b")) == f"{path}, row 2: expected the columns a, b, got nothing in b."
     assert refusal(need_columns, [{}], path, ("a",)) == f"{path}, row 1: expected the columns a, got none."
 
 
