@@ -1,6 +1,7 @@
 """Pretraining a small Llama from random weights on WikiText-2 text, for the same tokens, by method.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_pretrain.py [--methods adam galore fira low_rank sltrain sltrain_8bit]
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_pretrain.py [--methods adam galore fira …] [--finer]
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_pretrain.py --times [--methods adam galore fira …]
 
 The model has 5.1 million numbers: 8 layers of width 192, and a byte-level BPE vocabulary of 4096 made on the training text. It
 is trained on the first nine tenths of the WikiText-2 validation text, in windows of 128 tokens; the last tenth chooses the
