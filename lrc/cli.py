@@ -69,8 +69,8 @@ def inspect(model: Model, as_json: Json = False, graph: Annotated[bool, typer.Op
             allow_code: AllowCode = False) -> None:  # fmt: skip
     """List the sites of MODEL: name, type, shape, share of the parameters, stable rank."""
     from lrc.report.tables import rows_table
-    from lrc.run.site_rows import site_rows
     from lrc.run.prepare import capture
+    from lrc.run.site_rows import site_rows
 
     program = capture(model, allow_code=allow_code)
     if graph:
