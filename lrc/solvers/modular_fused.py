@@ -36,7 +36,8 @@ def fused_attention(group: WeightGroup, options: "ModularSolver") -> GroupTerms:
     order = torch.cat([part[1:] for part in saved]).argsort(descending=True, stable=True)
     pairs = 1 + torch.cat([torch.zeros(1, dtype=torch.int64), (order < len(saved[0]) - 1).cumsum(0)])
     losses = halves[0].losses[pairs] + halves[1].losses[torch.arange(2, len(pairs) + 2) - pairs]
-    tensors, facts = {}, {"fused": 1, "size": len(fused.weight)}
+    tensors: dict[str, Tensor] = {}
+    facts = {"fused": 1, "size": len(fused.weight)}
     for name, half, roles in zip(HALVES, halves, ("qk", "v"), strict=True):
         tensors |= {name + key: value for key, value in half.tensors.items()}
         facts |= {name + key: value for key, value in half.facts.items()}

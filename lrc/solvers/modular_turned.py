@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrc.solvers.groups import Member, WeightGroup
 from lrc.solvers.ladder import root
+from lrc.solvers.modular_reader import blocks
 
 
 def turned(group: WeightGroup, outputs: Sequence[Tensor], damping: float) -> WeightGroup:
@@ -48,7 +49,7 @@ def _block(moment: Tensor, head: int, size: int) -> Tensor:
 
 def _turned(member: Member, bases: Sequence[Tensor], duals: Sequence[Tensor]) -> Member:
     """Return a linear with its features in other bases; duals: those of its outputs' gradients."""
-    basis, dual = torch.block_diag(*bases), torch.block_diag(*duals)
+    basis, dual = blocks(bases), blocks(duals)
     fisher = member.moments.fisher
     moments = member.moments if fisher is None else replace(member.moments, fisher=dual @ fisher.double() @ dual.T)
     bias = None if member.bias is None else (basis @ member.bias.double()).to(member.bias.dtype)
