@@ -61,6 +61,14 @@ def linked_sites(program: Program, fqns: Sequence[str]) -> list[Linked]:
     return kept
 
 
+def fused_linears(program: Program, fqns: Sequence[str]) -> set[str]:
+    """Return the sites whose output is the queries, the keys and the values of an attention."""
+    at = {site.uses[0].node: site for fqn in fqns if len((site := program.site(fqn)).uses) == 1}
+    nodes = [node for node in program.graph_module.graph.nodes if node.target == SDPA]
+    found = (_source(node, (0, 1, 2), at, SPLITS) for node in nodes)
+    return {site.fqn for site in found if site is not None}
+
+
 def _mlps(twin: Program, sites: Mapping[str, Site], at: dict[str, Site]) -> list[Linked]:
     found: dict[tuple[str, ...], Linked] = {}
     for site in sites.values():

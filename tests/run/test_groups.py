@@ -187,6 +187,14 @@ def test_a_fused_attention_loses_features_and_goes_on_generating(gpt2: Path, dat
     assert torch.equal(kept, plain)
 
 
+def test_one_factorisation_for_queries_keys_and_values_is_noted(gpt2: Path, data: Path, tmp_path: Path) -> None:
+    program, noted = lrc.capture(gpt2), {}
+    for solver in ("lord", "svd", "kfac"):
+        done = lrc.compile(program, spec(data, solver, 4), cache=tmp_path / "cache")
+        noted[solver] = [d.name for d in done.plan.decisions if any("`modular` takes" in note for note in d.notes)]
+    assert noted == {"lord": ["transformer.h.0.attn.c_attn"], "svd": ["transformer.h.0.attn.c_attn"], "kfac": []}
+
+
 @pytest.mark.slow
 def test_a_fused_attention_is_exported_in_every_format(gpt2: Path, data: Path, tmp_path: Path) -> None:
     formats = {"export": [{"format": "hf"}, {"format": "onnx"}, {"format": "pt2"}]}
