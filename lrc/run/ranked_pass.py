@@ -33,8 +33,8 @@ from lrc.run.sweep import check_sweep, swept
 from lrc.solvers import CodedOptions, GroupOptions, Need
 
 SHARED_RANK = (
-    "one factorisation for queries, keys and values, in which those of the largest numbers count most: the solver `kfac` weighs "
-    "them by the loss, `modular` takes features of each"
+    "one factorisation for queries, keys and values, in which those of the largest numbers count most: the solver `kfac` "
+    "weighs them by the loss, `modular` takes features of each"
 )
 
 
