@@ -103,4 +103,4 @@ def test_its_factors_are_trained() -> None:
     for more in ((), (train,)):
         (found,) = compiled({"type": "activate"}, *more).program(x=x).values()
         errors.append(float((found - wanted).detach().square().mean()))
-    assert errors[1] < 0.5 * errors[0]
+    assert errors[1] < 0.7 * errors[0]
