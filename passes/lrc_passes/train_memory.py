@@ -52,6 +52,7 @@ def predict(runs: Runs, names: Sequence[str], index: int) -> None:
     finally:
         runs.student.eval()
     largest = max(t.nbytes for t in trained.values())
+    step += 0 if options.recipe is None else options.recipe.step_bytes(trained)
     step = max(step, WORK * largest + (largest if options.per_layer else gradients))
     session.step_memory[index] = weights + state + step
     parts = f"weights {mib(weights)}, optimizer {mib(state)}, gradients and activations {mib(step)}"

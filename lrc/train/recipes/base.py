@@ -21,6 +21,10 @@ R = TypeVar("R")
 class RecipeOptions(Tagged):
     """Options of a recipe."""
 
+    def step_bytes(self, trained: Mapping[str, Tensor]) -> int:
+        """Return what a step keeps for the recipe until its backward pass, beside the model's own graph, in bytes."""
+        return 0
+
 
 class Loss(Protocol):
     """The objective on a batch."""

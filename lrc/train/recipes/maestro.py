@@ -32,6 +32,11 @@ class MaestroRecipe(RecipeOptions):
     )
     warmup_epochs: int = Field(default=0, ge=0, description="Epochs at full rank before ranks are drawn.")
 
+    def step_bytes(self, trained: Mapping[str, Tensor]) -> int:
+        """Return the size of the factors: the penalty reads a copy of their active components, and they are all at first."""
+        factors = [t.nbytes for name, t in trained.items() if name.endswith((".A", ".B"))]
+        return sum(factors) if self.group_lasso else 0
+
 
 @recipe(MaestroRecipe)
 def maestro(context: Context, options: MaestroRecipe) -> Recipe:
