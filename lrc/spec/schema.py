@@ -12,7 +12,7 @@ def json_schema() -> dict[str, Any]:
     schema = Document.model_json_schema(by_alias=True)
     listed = schema["properties"]["passes"]
     schema["$defs"]["Pass"], listed["items"] = listed["items"], {"$ref": "#/$defs/Pass"}
-    schema = with_passes(schema)
+    schema["$defs"] = with_passes(schema["$defs"])
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     names = {"type": ["string", "array"], "items": {"type": "string"}}
     extra = {
