@@ -1,4 +1,4 @@
-"""Predicted memory: at least what solvers of weights and of modules allocate, no more than twice that; and a step of Maestro."""
+"""Predicted memory: at least what solvers of weights and of modules allocate, and at most twice that; a step of Maestro."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,14 @@ def test_a_step_of_maestro_counts_the_factors_that_its_penalty_copies(
         "version": 1,
         "passes": [
             {"type": "factorize", "targets": [tiny.LAYERS], "solver": "svd", "rank": {"fraction": 0.6}, "form": "two_factor"},
-            {"type": "train", "data": str(data / "stream.txt"), "steps": 4, "batch_size": 1, "recipe": recipe},
+            {
+                "type": "train",
+                "data": str(data / "stream.txt"),
+                "objective": "causal_lm",
+                "steps": 4,
+                "batch_size": 1,
+                "recipe": recipe,
+            },
         ],
     }
     (found,) = lrc.compile(wide, asked, cache=tmp_path / "cache").training
