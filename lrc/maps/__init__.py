@@ -1,10 +1,11 @@
 """The algebra of linear maps: leaves, composites, what they cost, and how they fold together."""
 
+from lrc.maps.activation import ACTIVATIONS, Activation
 from lrc.maps.bag import Bag
 from lrc.maps.bag_layout import Bags
 from lrc.maps.base import Affine, Cost, LinearMap, Structure
 from lrc.maps.blocks import Blocks
-from lrc.maps.bottleneck import ACTIVATIONS, Bottleneck
+from lrc.maps.bottleneck import Bottleneck
 from lrc.maps.codebook import Codebook, code_bits
 from lrc.maps.composites import Chain, Composite, Scale, Sum
 from lrc.maps.conv import Conv, ConvChain, Geometry
@@ -38,6 +39,7 @@ from lrc.maps.tucker import Tucker
 
 __all__ = [
     "ACTIVATIONS",
+    "Activation",
     "Affine",
     "Bag",
     "Bags",

@@ -1,23 +1,14 @@
 """A branch that is no linear map: down to a few features, an activation, up again, added to what came in."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from lrc.maps.activation import ACTIVATIONS
 from lrc.maps.base import Affine, Cost, LinearMap, Structure, apply_slot, slot_shape
 from lrc.maps.composites import Composite
-
-
-def _gelu_new(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": _gelu_new, "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": F.tanh,
-}  # fmt: skip
 
 
 class Bottleneck(Composite):

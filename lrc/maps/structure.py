@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrc.maps.activation import Activation
 from lrc.maps.bag import Bag
 from lrc.maps.base import LinearMap, Structure
 from lrc.maps.blocks import Blocks
@@ -35,7 +36,7 @@ from lrc.maps.tucker import Tucker
 KINDS: tuple[type[LinearMap], ...] = (
     Dense, Diagonal, Permutation, Pivoted, Chain, Sum, Scale, Conv, ConvChain, Lookup, Pick, Spread, Quantized, Sparse,
     SparseLowRank, Bag, Gate, Triangular, Blocks, Tucker, Kronecker, Identity, Dropout, OutputMask, Bottleneck, RowNorm,
-    SharedLookup, Experts, Codebook, Segments, Scalar,
+    SharedLookup, Experts, Codebook, Segments, Scalar, Activation,
 )  # fmt: skip
 MAPS: dict[str, type[LinearMap]] = {kind.word: kind for kind in KINDS}
 

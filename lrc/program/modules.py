@@ -1,23 +1,23 @@
 """Linears that make an MLP or an attention together, found by dataflow: what lies between them, and where features go.
 
 MLP        every linear whose outputs meet through elementwise operations alone, and the one linear that reads the result
-attention  the linears of queries, keys and values of a `scaled_dot_product_attention`, and the one linear that reads its output
-
-Which feature is of which head, and which two a rotary embedding turns together, is seen by sending labels through the graph.
+attention  the linears of queries, keys and values of a `scaled_dot_product_attention`, or the one linear that gives all three,
+           and the one linear that reads its output
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lrc.program.absorb import SILENT, aten, find_region
+from lrc.program.labels import SDPA, Probe
 from lrc.program.program import Program
 from lrc.program.sites import Site
+from lrc.solvers.groups import fused_rows
 
-SDPA = aten.scaled_dot_product_attention.default
 MOVES = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
     aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor, aten.clone.default, aten.contiguous.default,
@@ -25,12 +25,17 @@ MOVES = {
     aten.flatten.using_ints, aten.repeat_interleave.self_int,
 }  # fmt: skip
 TURNS = MOVES | {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.cat.default, aten.stack.default}
-CLOSE = 1e-3  # of the norm of two turned features in float32, or what bfloat16 and float16 leave of it
+SPLITS = TURNS | {
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.select.int, operator.getitem,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Linked:
-    """Sites that make one module. kind: `mlp` (writers, then the reader), `vo`, `qk`; facts: heads and what turns features."""
+    """Sites that make one module. kind: `mlp` (writers, then the reader), `vo`, `qk`, `qkvo` (a fused linear and the reader).
+
+    facts: heads, what turns features, and where a fused linear has those of queries, keys and values.
+    """
 
     kind: str
     sites: tuple[str, ...]
@@ -56,6 +61,14 @@ def linked_sites(program: Program, fqns: Sequence[str]) -> list[Linked]:
     return kept
 
 
+def fused_linears(program: Program, fqns: Sequence[str]) -> set[str]:
+    """Return the sites whose output is the queries, the keys and the values of an attention."""
+    at = {site.uses[0].node: site for fqn in fqns if len((site := program.site(fqn)).uses) == 1}
+    nodes = [node for node in program.graph_module.graph.nodes if node.target == SDPA]
+    found = (_source(node, (0, 1, 2), at, SPLITS) for node in nodes)
+    return {site.fqn for site in found if site is not None}
+
+
 def _mlps(twin: Program, sites: Mapping[str, Site], at: dict[str, Site]) -> list[Linked]:
     found: dict[tuple[str, ...], Linked] = {}
     for site in sites.values():
@@ -71,30 +84,58 @@ def _mlps(twin: Program, sites: Mapping[str, Site], at: dict[str, Site]) -> list
 
 def _attentions(twin: Program, at: dict[str, Site]) -> list[Linked]:
     nodes = [node for node in twin.graph_module.graph.nodes if node.target == SDPA]
-    roles: dict[fx.Node, tuple[Site | None, ...]] = {}
-    for node in nodes:
-        read = [_source(node, place, at, TURNS if place < 2 else MOVES) for place in range(3)]
-        roles[node] = (*read, _reader(node, at))
     if not nodes:
         return []
-    probe = Probe(twin, {site.uses[0].node for sites in roles.values() for site in sites[:3] if site is not None}, at)
+    roles: dict[fx.Node, tuple[Site | None, ...]] = {}
+    for node in nodes:
+        read = [_source(node, (place,), at, TURNS if place < 2 else MOVES) for place in range(3)]
+        roles[node] = (*read, _source(node, (0, 1, 2), at, SPLITS), _reader(node, at))
+    probe = Probe(twin, {site.uses[0].node for sites in roles.values() for site in sites[:4] if site is not None}, at)
     try:
         probe.run(*twin.inputs.fill(twin.inputs.examples).values())
     except (RuntimeError, IndexError, ValueError):  # labels are no values that the rest of the model must take
         return []
     found = []
-    for node, (q, k, v, o) in roles.items():
-        if v is not None and o is not None and (facts := probe.values_and_output(node, v, o)):
+    for node, (q, k, v, fused, o) in roles.items():
+        if fused is not None and o is not None and (facts := fused_attention(probe, node, fused, o)):
+            found.append(Linked("qkvo", (fused.fqn, o.fqn), facts))
+        if v is not None and o is not None and (facts := probe.values_and_output(node, probe.of(v), o)):
             found.append(Linked("vo", (v.fqn, o.fqn), facts))
-        if q is not None and k is not None and (facts := probe.queries_and_keys(node, q, k)):
+        if q is not None and k is not None and (facts := probe.queries_and_keys(node, probe.of(q), probe.of(k))):
             found.append(Linked("qk", (q.fqn, k.fqn), facts))
     return found
 
 
-def _source(attention: fx.Node, place: int, at: Mapping[str, Site], through: set[Any]) -> Site | None:
-    """Return the site whose output becomes an argument of an attention, and nothing else."""
+def fused_attention(probe: Probe, node: fx.Node, fused: Site, o: Site) -> dict[str, int]:
+    """Return the facts of an attention whose queries, keys and values one linear gives; nothing where it is otherwise.
+
+    Its rows are those of all queries, all keys and all values (GPT-2), or the queries that share a head of keys, that head,
+    and its values, again and again (GPT-NeoX). `starts` of each, and `stride` from the queries that share a head to the next.
+    """
+    query = probe.read[node.name][0]
+    heads, size = query.shape[1], query.shape[3]
+    kv_heads, left = divmod(fused.out_features // size - heads, 2)
+    if fused.out_features % size or left or kv_heads < 1 or heads % kv_heads:
+        return {}
+    shared = heads // kv_heads
+    joined = {"start_k": heads * size, "start_v": (heads + kv_heads) * size, "stride_q": shared * size}
+    joined |= {"stride_k": size, "stride_v": size}
+    stride = (shared + 2) * size
+    mixed = {"start_k": shared * size, "start_v": (shared + 1) * size}
+    mixed |= {"stride_q": stride, "stride_k": stride, "stride_v": stride}
+    for layout in (joined, mixed):
+        base = {"heads": heads, "kv_heads": kv_heads, "size": size, "start_q": 0, **layout}
+        labels = {role: probe.of(fused)[fused_rows(base, role)] for role in "qkv"}
+        turned = probe.queries_and_keys(node, labels["q"], labels["k"])
+        if turned and probe.values_and_output(node, labels["v"], o):
+            return base | turned
+    return {}
+
+
+def _source(attention: fx.Node, places: Sequence[int], at: Mapping[str, Site], through: set[Any]) -> Site | None:
+    """Return the site whose output becomes these arguments of an attention, and nothing else."""
     seen: set[fx.Node] = set()
-    waiting: list[Any] = [attention.args[place]]
+    waiting: list[Any] = [attention.args[place] for place in places]
     found: set[str] = set()
     while waiting:
         node = waiting.pop()
@@ -114,7 +155,7 @@ def _source(attention: fx.Node, place: int, at: Mapping[str, Site], through: set
         node = forward.pop()
         for user in node.users:
             if user is attention:
-                if [i for i, arg in enumerate(user.args) if arg is node] != [place]:
+                if any(i not in places for i, arg in enumerate(user.args) if arg is node):
                     return None
             elif user.target not in SILENT and user not in reached:
                 if user.op != "call_function" or user.target not in through or user not in seen:
@@ -137,82 +178,3 @@ def _reader(attention: fx.Node, at: Mapping[str, Site]) -> Site | None:
             elif user.target not in SILENT:
                 return None
     return at[found.pop()] if len(found) == 1 else None
-
-
-class Probe(fx.Interpreter):
-    """A run in which sites and attentions give labels, one for every feature, so that what arrives says where it came from."""
-
-    def __init__(self, twin: Program, sources: set[str], at: Mapping[str, Site]) -> None:
-        super().__init__(twin.graph_module)
-        self.sources, self.at = sources, at
-        self.generator = torch.Generator().manual_seed(0)
-        self.sent: dict[str, Tensor] = {}
-        self.read: dict[str, tuple[Tensor, ...]] = {}
-
-    @torch.no_grad()
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node; what it gives is labels where that is looked at."""
-        if n.target == SDPA or n.name in self.at:
-            arguments, _ = self.fetch_args_kwargs_from_env(n)
-            self.read[n.name] = tuple(value for value in arguments if isinstance(value, Tensor))
-        value = super().run_node(n)
-        if n.target != SDPA and n.name not in self.sources:
-            return value
-        shape = (value.shape[1], 1, value.shape[3]) if n.target == SDPA else (value.shape[-1],)
-        labels = torch.randn(shape, generator=self.generator).to(value)
-        self.sent[n.name] = labels.flatten()
-        return labels.expand_as(value).contiguous()
-
-    def values_and_output(self, node: fx.Node, v: Site, o: Site) -> dict[str, int]:
-        """Return the heads where values are read, and outputs written, head by head in order; nothing otherwise."""
-        value, read = self.read[node.name][2], self.read[o.uses[0].node][0]
-        heads, size = self.read[node.name][0].shape[1], value.shape[3]
-        if heads * size != o.in_features or v.out_features % size or heads % (v.out_features // size):
-            return {}
-        labels = self.sent[v.uses[0].node].view(-1, size)
-        wanted = labels.repeat_interleave(value.shape[1] // len(labels) or 1, 0)
-        straight = wanted.shape == value.shape[1::2] and bool((value == wanted[None, :, None]).all())
-        if not straight or not bool((read == self.sent[node.name]).all()):
-            return {}
-        return {"heads": heads, "kv_heads": len(labels), "size": size, "together": 1}
-
-    def queries_and_keys(self, node: fx.Node, q: Site, k: Site) -> dict[str, int]:
-        """Return the heads, and which features are turned together, where each goes to its own head; nothing otherwise."""
-        query, key = self.read[node.name][:2]
-        size = query.shape[3]
-        if q.out_features != query.shape[1] * size or k.out_features % size:
-            return {}
-        sent = [self.sent[site.uses[0].node].view(-1, size).float() for site in (q, k)]
-        if query.shape[1] % len(sent[1]) or key.shape[1] % len(sent[1]):
-            return {}
-        wanted = [labels.repeat_interleave(x.shape[1] // len(labels), 0) for labels, x in zip(sent, (query, key), strict=True)]
-        arrived = [query.float(), key.float()]
-        for interleaved in (0, 1):
-            turned = [_turned(x, labels, query.dtype, interleaved) for x, labels in zip(arrived, wanted, strict=True)]
-            if turned[0] is not None and turned[0] == turned[1]:
-                pairs = {"rotary": turned[0], "interleaved": interleaved, "together": 2 if turned[0] else 1}
-                return {"heads": query.shape[1], "kv_heads": len(sent[1]), "size": size, **pairs}
-        return {}
-
-
-def _turned(arrived: Tensor, labels: Tensor, dtype: torch.dtype, interleaved: int) -> int | None:
-    """Return how many first features of a head are turned in pairs, the rest arriving as sent; None where it is otherwise.
-
-    arrived: (batch, heads, tokens, size). labels: (heads, size).
-    """
-    if arrived.shape[2] < 2:  # the first token is not turned
-        return None
-    sent = labels[None, :, None].expand_as(arrived)
-    moved = (arrived != sent).any(0).any(0).any(0)
-    rotary = int(moved.nonzero().max()) + 1 if bool(moved.any()) else 0
-    if rotary % 2 or ((labels.shape[1] - rotary) % 2 and rotary):
-        return None
-    norms = [pairs_of(x[..., :rotary], interleaved).square().sum(-1) for x in (arrived, sent)]
-    close = CLOSE if dtype == torch.float32 or dtype == torch.float64 else 0.05
-    return rotary if torch.allclose(norms[0], norms[1], rtol=close) else None
-
-
-def pairs_of(x: Tensor, interleaved: int) -> Tensor:
-    """Return features (..., 2 n) as pairs that are turned together, (..., n, 2)."""
-    half = x.shape[-1] // 2
-    return x.reshape(*x.shape[:-1], half, 2) if interleaved else x.reshape(*x.shape[:-1], 2, half).transpose(-1, -2)

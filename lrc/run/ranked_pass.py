@@ -11,6 +11,7 @@ from typing import Any
 from lrc.forms import forms_of, kernel_form
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
+from lrc.program.modules import fused_linears
 from lrc.ranks import Allocation, Choice, GroupCurve, SiteCurve, allocate_ranks
 from lrc.run.budget import check_budget, check_shapes, priced, rest_of, spent, with_latency
 from lrc.run.coded_pass import coded_pass
@@ -29,7 +30,12 @@ from lrc.run.site_pass import Made, SitePass, put
 from lrc.run.statistics import Terms, solve_all
 from lrc.run.summary import sketch, summarize
 from lrc.run.sweep import check_sweep, swept
-from lrc.solvers import CodedOptions, GroupOptions
+from lrc.solvers import CodedOptions, GroupOptions, Need
+
+SHARED_RANK = (
+    "one factorisation for queries, keys and values, in which those of the largest numbers count most: the solver `kfac` "
+    "weighs them by the loss, `modular` takes features of each"
+)
 
 
 class RankedSitePass(SitePass):
@@ -56,6 +62,7 @@ class RankedSitePass(SitePass):
         terms = session.decompose(program, free, options)
         curves = priced(program, session, options, {fqn: terms.curve(program.sites[fqn], options.form) for fqn in free})
         before = in_groups(program, free) if compressed(options) else {}
+        shared_rank = fused_linears(program, free) if Need.GRADIENTS not in options.solver.needs else set()
         places = {chosen.fqn: place for place, chosen in enumerate(selected)}
         offered = alone(curves)
 
@@ -70,6 +77,8 @@ class RankedSitePass(SitePass):
                     if kernel_form(options.form) and not curves[chosen.fqn].only and not made.notes:
                         made = replace(made, notes=(no_front(options),))
                     made = self.decide(made, program.sites[chosen.fqn], of_sites[chosen.fqn], curves[chosen.fqn], terms)
+                    if chosen.fqn in shared_rank and made.keep is None:
+                        made = replace(made, notes=(*made.notes, SHARED_RANK))
                 decisions.append(with_latency(options, curves, made))
             return sorted(decisions, key=lambda d: places[d.sites[0]])
 

@@ -122,3 +122,13 @@ def multiplied(part: Part) -> int:
     """Return the FLOPs of a part for one row: a multiply-add counts 2, an added bias 1."""
     numbers = sum(factor.numel() for factor in part.factors if isinstance(factor, Tensor))
     return 2 * numbers + (0 if part.bias is None else part.bias.numel())
+
+
+def fused_rows(facts: Mapping[str, int], role: str) -> Tensor:
+    """Return the rows of a fused linear that are queries (`q`), keys (`k`) or values (`v`), head by head, int64.
+
+    facts: `heads`, `kv_heads`, `size`, and of every role where it starts and how far it is to that of the next shared head.
+    """
+    of_one = facts["size"] * (facts["heads"] // facts["kv_heads"] if role == "q" else 1)
+    starts = facts[f"start_{role}"] + facts[f"stride_{role}"] * torch.arange(facts["kv_heads"])
+    return (starts[:, None] + torch.arange(of_one)).flatten()

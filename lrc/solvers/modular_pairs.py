@@ -10,6 +10,7 @@ from lrc.solvers.base import LOSS_UNIT
 from lrc.solvers.groups import GroupTerms, Member, WeightGroup
 from lrc.solvers.inputs import input_mean, input_moment
 from lrc.solvers.modular_loss import output_root
+from lrc.solvers.modular_turned import turned
 from lrc.solvers.terms import storage_dtype
 from lrc.solvers.whitened import UNIT
 
@@ -21,13 +22,17 @@ def queries_and_keys(group: WeightGroup, options: "ModularSolver") -> GroupTerms
     """Decompose queries and keys: which features, or turned pairs of them, stay."""
     q, k = group.members
     facts = group.facts
+    outputs = [_output_moment(member) for member in (q, k)]
+    if facts["together"] == 1 and options.queries != "features":
+        group = turned(group, outputs, options.damping_in)
+        q, k = group.members
+        outputs = [_output_moment(member) for member in (q, k)]
     size, kv_heads, together = facts["size"], facts["kv_heads"], facts["together"]
     heads = facts["heads"] // kv_heads
     inside = _turned_together(facts)  # (units of a head, together)
     key = (torch.arange(kv_heads)[:, None, None] * size + inside).flatten(0, 1)
     shared = torch.arange(kv_heads * heads).view(kv_heads, 1, heads, 1) * size
     query = (shared + inside[None, :, None, :]).flatten(0, 1).flatten(1)
-    outputs = [_output_moment(member) for member in (q, k)]
     squares = [C.diagonal().clamp(min=0) for C in outputs]
     of_query = squares[0][query].view(len(query), heads, together)
     scores = (of_query[..., :, None] * squares[1][key][:, None, None, :]).sum((1, 2, 3)).sqrt()

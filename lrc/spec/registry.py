@@ -117,12 +117,18 @@ class Registry:
 class Registered:
     """Annotation of a field whose value is an options model out of a registry.
 
-    A bare word stands for an object with that `type` alone. `Annotated[SpecModel, Registered(SOLVERS)]`.
+    A bare word stands for an object with that `type` alone. `Annotated[SpecModel, Registered(SOLVERS)]`. without: names that
+    have no place there, for a registry that the field's own model is in.
     """
 
-    def __init__(self, registry: Registry, *, optional: bool = False) -> None:
+    def __init__(self, registry: Registry, *, optional: bool = False, without: tuple[str, ...] = ()) -> None:
         self.registry = registry
         self.optional = optional
+        self.without = without
+
+    def names(self) -> list[str]:
+        """Return the names that may be given."""
+        return [name for name in self.registry.names() if name not in self.without]
 
     def validate(self, value: Any) -> SpecModel | None:
         """Turn a word, a mapping or an options object into the options object; None stays, where it may."""
@@ -135,7 +141,13 @@ class Registered:
             raise PydanticCustomError(
                 "registered_type",
                 "expected {kind}: a name, or a mapping with `{tag}`; known: {known}",
-                {"kind": with_article(self.registry.kind), "tag": tag, "known": ", ".join(self.registry.names())},
+                {"kind": with_article(self.registry.kind), "tag": tag, "known": ", ".join(self.names())},
+            )
+        if value[tag] in self.without:
+            raise PydanticCustomError(
+                "registered_place",
+                "{kind} `{name}` has no place here; known: {known}",
+                {"kind": self.registry.kind, "name": value[tag], "known": ", ".join(self.names())},
             )
         return self.registry.get(value[tag]).options.model_validate(value)
 
@@ -145,7 +157,9 @@ class Registered:
         )
 
     def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        words = [{"const": name} for name in self.registry.names()]
+        if self.without:  # rules within one of them: `lrc.spec.schema` says where their schema is
+            return {"$comment": self.registry.kind}
+        words = [{"const": name} for name in self.names()]
         models = [handler(rule.options.__pydantic_core_schema__) for rule in self.registry]
         nothing: list[dict[str, Any]] = [{"type": "null"}] if self.optional else []
         return {"anyOf": [*words, *models, *nothing]}

@@ -18,7 +18,7 @@ from lrc.train.data import Examples
 from lrc.train.distributed import Alone
 from lrc.train.memory import Watch
 from lrc.train.recipes.base import Recipe
-from lrc.train.schedule import Schedule
+from lrc.train.settings import Settings, Validation
 
 GROWTH = 1000.0  # times the first loss (or 1, if that is more): the run has diverged
 RANKS = 2**40  # between the seeds of two processes
@@ -30,34 +30,6 @@ class Losses(Protocol):
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Return the mean loss of a batch, with its graph."""
-
-
-@dataclass(frozen=True)
-class Validation:
-    """How the run is judged while it goes.
-
-    measure: returns a figure; every: steps between two; patience: how many without a gain before the run stops, or None;
-    greater: whether a greater figure is better.
-    """
-
-    measure: Callable[[], float]
-    every: int
-    patience: int | None = None
-    greater: bool = False
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run goes. accumulate: batches a step; clip: largest norm of the gradient, or None; bfloat16: mixed precision."""
-
-    steps: int
-    batch_size: int = 16
-    accumulate: int = 1
-    clip: float | None = 1.0
-    schedule: Schedule = field(default_factory=Schedule)
-    bfloat16: bool = False
-    seed: int = 0
-    checkpoint_every: int = 100
 
 
 @dataclass
@@ -91,9 +63,10 @@ class Loop:
     grown: int | None = None
 
     def run(self) -> list[Row]:
-        """Train to the last step, or until validation stops gaining; return what happened at every step.
+        """Train to the last step of the part, or until validation stops gaining; return what happened at every step.
 
-        A checkpoint of the same run is taken over. With a validation, the best parameters are left in place, else the last.
+        A checkpoint of the same part is taken over. With a validation, the best parameters of the final part are left in place,
+        else the last ones.
         Raises TrainError for a loss or gradient that is not finite and for a run that diverges, DataError for too little data.
         """
         self.parallel = self.parallel or Alone(self.losses, self.parameters)
@@ -106,22 +79,22 @@ class Loop:
                 got=str(len(self.examples)), hint="Lower `batch_size`, or give more data",
             )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
-            done = self.restore()
-            steps = self.settings.steps
-            self.report(done, steps)
+            part = self.settings.running
+            done, end = self.restore(), part.end
+            self.report(done, self.settings.steps)
             watched = self.heaviest(done, per_epoch) if self.shared.world.size == 1 else None
-            while done < steps and not self.stopped():
+            while done < end and not self.stopped():
                 with self.watching() if done == watched else nullcontext():
                     self.history.append(self.step(done, per_epoch))
                 done += 1
-                if self.validation and (done % self.validation.every == 0 or done == steps):
+                if self.validation and (done % self.validation.every == 0 or done == end):
                     self.validate(done)
-                if done % self.settings.checkpoint_every == 0 or done == steps or self.stopped():
+                if done % self.settings.checkpoint_every == 0 or done == end or self.stopped():
                     state = self.shared.whole(self.state(done))
                     self.sound(done, state["parameters"])
                     if self.shared.world.first:
                         self.checkpoints.save(done, state)
-                self.report(done, steps)
+                self.report(done, self.settings.steps)
         if self.best is not None:
             self.load(self.best["parameters"], self.best["buffers"])
         self.shared.finish()
@@ -149,8 +122,8 @@ class Loop:
             batches = [self.batches_of(i // per_epoch)[i % per_epoch] for i in range(step * each, (step + 1) * each)]
             return max(self.examples.numbers(places) for places in batches)
 
-        ahead = range(done + 1, min(self.settings.steps, done + 1 + max(1, per_epoch // each)))
-        return max(ahead, key=size, default=self.settings.steps - 1)
+        ahead = range(done + 1, min(self.settings.running.end, done + 1 + max(1, per_epoch // each)))
+        return max(ahead, key=size, default=self.settings.running.end - 1)
 
     def batches_of(self, epoch: int) -> list[list[int]]:
         """Return the batches of an epoch; only the last ones asked for are remembered."""
@@ -241,7 +214,7 @@ class Loop:
         self.history[-1]["validation"] = value
         if not math.isfinite(value):
             raise self.failure(done, f"the validation figure is {value}")
-        if not self.recipe.comparable():
+        if not (self.settings.running.final and self.recipe.comparable()):
             return
         sign = 1 if self.validation.greater else -1
         if self.best is None or sign * value > sign * self.best["value"]:
@@ -271,11 +244,11 @@ class Loop:
         }  # fmt: skip
 
     def restore(self) -> int:
-        """Take over the newest checkpoint; return the steps that it had done."""
+        """Take over the newest checkpoint; return the steps that are done."""
         found = self.checkpoints.newest() if self.shared.world.first else None
         found = self.shared.world.agreed(found)
         if found is None:
-            return 0
+            return self.settings.running.first
         self.load(found["parameters"], found["buffers"])
         self.shared.load_optimizer(self.optimizer, found["optimizer"])
         self.recipe.load(found["recipe"])

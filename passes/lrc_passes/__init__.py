@@ -1,5 +1,6 @@
 """The rewriting rules that come with lrc. A third-party pass enters by the same door, the entry points `lrc.passes`."""
 
+from lrc_passes.activate import activate
 from lrc_passes.adapt import AdaptPass
 from lrc_passes.auto import auto
 from lrc_passes.factorize import factorize
@@ -15,6 +16,6 @@ from lrc_passes.split import split
 from lrc_passes.train import TrainPass
 
 BUILTIN = (
-    AdaptPass, auto, factorize, FoldNormsPass, FuseTablesPass, LoadAdapterPass, merge, PrunePass, quantize,
+    activate, AdaptPass, auto, factorize, FoldNormsPass, FuseTablesPass, LoadAdapterPass, merge, PrunePass, quantize,
     ReestimateNormsPass, SlicePass, split, TrainPass,
 )  # fmt: skip

@@ -38,7 +38,9 @@ def predict(runs: Runs, names: Sequence[str], index: int) -> None:
     shared = {t.untyped_storage().data_ptr() for t in before.values()}
     weights += sum(t.nbytes for t in trained.values() if t.untyped_storage().data_ptr() in shared)
     weights += gradients * (options.validation is not None)  # the best ones so far
-    state = sum(options.optimizer.state_bytes(t.shape, t.element_size()) for t in trained.values())
+    moved = trained if options.recipe is None else options.recipe.moved(trained, options.seed)
+    weights += 0 if options.recipe is None else options.recipe.held_bytes(trained)
+    state = sum(options.optimizer.state_bytes(t.shape, t.element_size()) for t in moved.values())
     batch = examples.batch(max(batches, key=examples.numbers))
     try:
         runs.student.train()
@@ -52,6 +54,7 @@ def predict(runs: Runs, names: Sequence[str], index: int) -> None:
     finally:
         runs.student.eval()
     largest = max(t.nbytes for t in trained.values())
+    step += 0 if options.recipe is None else options.recipe.step_bytes(trained)
     step = max(step, WORK * largest + (largest if options.per_layer else gradients))
     session.step_memory[index] = weights + state + step
     parts = f"weights {mib(weights)}, optimizer {mib(state)}, gradients and activations {mib(step)}"

@@ -19,8 +19,8 @@ from lrc.spec.registry import METRICS, OBJECTIVES
 from lrc.train.blocks import in_blocks
 from lrc.train.data import Examples, TrainData, load_examples, of_batches
 from lrc.train.distributed import world
-from lrc.train.loop import Validation
 from lrc.train.objectives import Step
+from lrc.train.settings import Validation
 from lrc.train.taps import tapped
 from lrc.verify.metrics.base import Subject
 

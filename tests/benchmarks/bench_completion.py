@@ -4,12 +4,14 @@ The matrix is planted (singular values from 100 down to 30, random orthonormal f
 The baseline is exact alternating least squares as it is usually written: one numpy solve for every column, then for every
 row. All ways start from the same masked SVD, take turns, and are timed by their fastest sweep; the first case is also run
 by the baseline until its error on the unknown entries is as small. Then the same two ways with a weight for every entry.
-Times are of the processor, on one thread (set OMP_NUM_THREADS=1 for numpy too). A plot is written: `completion.svg`.
+Times are of the processor, on one thread (set OMP_NUM_THREADS=1 for numpy too). `--plot FILE.svg` draws time against
+entries times rank there; without it the plot is `completion.svg` in the folder of the benchmarks.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,16 +153,16 @@ def line(rows: list[dict[str, Any]], way: str) -> dict[str, float]:
     return {"fixed_ms": round(float(fixed), 1), "ms_per_million": round(float(each), 2), "worst_deviation": round(worst, 3)}
 
 
-def plot(rows: list[dict[str, Any]]) -> str:
+def plot(rows: list[dict[str, Any]], file: Path) -> str:
     """Draw milliseconds per sweep against entries times rank, both logarithmic, into a file; return its name."""
     series = [
         Series(way, [(row["million_entries_times_rank"], row["milliseconds_per_sweep"][way]) for row in rows], line=False)
         for way in WAYS
     ]
     x, y = Axis("entries x rank, millions", log=True), Axis("milliseconds per sweep", log=True)
-    WORK.mkdir(parents=True, exist_ok=True)
-    (WORK / "completion.svg").write_text(chart(series, x, y, "Completing a matrix", alone=True) + "\n", encoding="utf-8")
-    return "completion.svg"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(chart(series, x, y, "Completing a matrix", alone=True) + "\n", encoding="utf-8")
+    return file.name
 
 
 def main() -> None:
@@ -175,6 +177,7 @@ def main() -> None:
     parser.add_argument("--weighed-ranks", type=int, nargs="*", default=[8, 16, 32, 64])
     parser.add_argument("--sweeps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plot", type=Path, default=WORK / "completion.svg", help="where the plot goes")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     shape = asked.rows, asked.columns
@@ -187,7 +190,7 @@ def main() -> None:
         "weighed": dense,
         "threads": 1,
         "lines": growth,
-        "plot": plot(by_entries + by_rank),
+        "plot": plot(by_entries + by_rank, asked.plot),
     }
     show("completion", by_entries + by_rank, **about)
 

@@ -12,6 +12,7 @@ import lrc
 from lrc.program import Program
 from lrc.program.alike import alike, is_added_back
 from lrc.program.modules import linked_sites
+from lrc.solvers.groups import fused_rows
 
 
 def linears(program: Program) -> list[str]:
@@ -40,8 +41,47 @@ def test_an_encoder_turns_no_features(bert: Path) -> None:
     assert (facts["rotary"], facts["together"]) == (0, 1)
 
 
-def test_a_fused_linear_of_queries_keys_and_values_is_in_no_pair(gpt2: Path) -> None:
-    assert kinds(lrc.capture(gpt2)) == {"mlp": ("c_fc", "c_proj")}
+def test_a_fused_linear_of_queries_keys_and_values_makes_one_group_with_the_output(gpt2: Path) -> None:
+    program = lrc.capture(gpt2)
+    assert kinds(program) == {"mlp": ("c_fc", "c_proj"), "qkvo": ("c_attn", "c_proj")}
+    (facts,) = [found.facts for found in linked_sites(program, linears(program)) if found.kind == "qkvo"]
+    assert (facts["heads"], facts["kv_heads"], facts["size"], facts["together"]) == (2, 2, 16, 1)
+    rows = torch.cat([fused_rows(facts, role) for role in "qkv"])
+    assert torch.equal(rows, torch.arange(96))
+
+
+class Fused(nn.Module):
+    """Heads of queries, their keys and values from one linear, group by group."""
+
+    def __init__(self, kv_heads: int, *, ragged: bool = False) -> None:
+        super().__init__()
+        self.kv_heads, self.ragged = kv_heads, ragged
+        self.qkv, self.o = nn.Linear(8, 4 * (4 + 2 * kv_heads)), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        y = self.qkv(x).view(b, t, self.kv_heads, -1, 4)
+        y = y.flip(3) if self.ragged else y
+        q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in y.split([4 // self.kv_heads, 1, 1], 3))
+        k, v = (part.repeat_interleave(4 // self.kv_heads, 1) for part in (k, v))
+        z = F.scaled_dot_product_attention(0.5 * q, k, v, is_causal=True, scale=1.0)
+        return self.o(z.transpose(1, 2).reshape(b, t, 16))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_fused_linear_may_go_from_group_to_group(kv_heads: int) -> None:
+    program = lrc.capture(Fused(kv_heads).eval(), {"x": torch.randn(2, 5, 8)})
+    (found,) = linked_sites(program, linears(program))
+    assert (found.kind, found.sites) == ("qkvo", ("qkv", "o"))
+    shared = 4 // kv_heads
+    rows = torch.arange(4 * (4 + 2 * kv_heads)).view(kv_heads, shared + 2, 4)
+    for role, part in zip("qkv", rows.split([shared, 1, 1], 1), strict=True):
+        assert torch.equal(fused_rows(found.facts, role), part.flatten())
+
+
+def test_a_fused_linear_in_another_order_is_in_no_group() -> None:
+    program = lrc.capture(Fused(2, ragged=True).eval(), {"x": torch.randn(2, 5, 8)})
+    assert linked_sites(program, linears(program)) == []
 
 
 class Attention(nn.Module):
@@ -57,6 +97,8 @@ class Attention(nn.Module):
         if self.kind == "interleaved":
             angle = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.1])
             q, k = (turned(y, angle.cos(), angle.sin()) for y in (q, k))
+        if self.kind == "scaled":
+            q = q * 0.25
         if self.kind == "normed":
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         if self.kind == "gated":
@@ -75,6 +117,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     [
         ("plain", {"vo", "qk"}),
         ("interleaved", {"vo", "qk"}),
+        ("scaled", {"vo", "qk"}),
         ("normed", {"vo"}),
         ("gated", {"qk"}),
         ("read twice", {"qk"}),

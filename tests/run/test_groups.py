@@ -172,6 +172,40 @@ def test_what_has_no_meaning_for_groups_is_refused(rank: Any, more: dict[str, st
         build("basis_sharing", rank, **more)
 
 
+def test_a_fused_attention_loses_features_and_goes_on_generating(gpt2: Path, data: Path, tmp_path: Path) -> None:
+    done = lrc.compile(gpt2, spec(data, "modular", {"params_kept": 0.6}), cache=tmp_path / "cache")
+    (attention,) = [d for d in done.plan.decisions if "c_attn" in d.name]
+    assert attention.sites == ("transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj")
+    assert attention.rank
+    assert 0 < attention.rank < 63
+    assert attention.after.parameters < attention.before.parameters
+    assert done.plan.parameters[1] == done.program.size()[0]
+    model = done.graft()
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, done.program(input_ids=IDS)["logits"], atol=1e-5)
+    kept, plain = (model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False))
+    assert torch.equal(kept, plain)
+
+
+def test_one_factorisation_for_queries_keys_and_values_is_noted(gpt2: Path, data: Path, tmp_path: Path) -> None:
+    program, noted = lrc.capture(gpt2), {}
+    for solver in ("lord", "svd", "kfac"):
+        done = lrc.compile(program, spec(data, solver, 4), cache=tmp_path / "cache")
+        noted[solver] = [d.name for d in done.plan.decisions if any("`modular` takes" in note for note in d.notes)]
+    assert noted == {"lord": ["transformer.h.0.attn.c_attn"], "svd": ["transformer.h.0.attn.c_attn"], "kfac": []}
+
+
+@pytest.mark.slow
+def test_a_fused_attention_is_exported_in_every_format(gpt2: Path, data: Path, tmp_path: Path) -> None:
+    formats = {"export": [{"format": "hf"}, {"format": "onnx"}, {"format": "pt2"}]}
+    file = tmp_path / "spec.yaml"
+    file.write_text(json.dumps(spec(data, "modular", {"params_kept": 0.6}) | formats))
+    done = compile_to_folder(str(gpt2), file, output=tmp_path / "out")
+    assert done.record.failures == []
+    assert all(line["ok"] for line in done.record.parity)
+    assert {line["format"] for line in done.record.parity} >= {"hf", "onnx"}
+
+
 def test_a_rank_that_no_group_has_is_refused(build: Build) -> None:
     with pytest.raises(UsageError, match=r"q_proj: expected rank <= 32, got 40"):
         build("basis_sharing", 40)

@@ -1,5 +1,6 @@
 """MoDeGPT: the invariants of its method card, for MLPs, values with outputs, and queries with keys."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from lrc.errors import SolverError
 from lrc.maps import Chain
 from lrc.run.groups import maps_of, summarize_all
 from lrc.solvers import GroupTerms, Member, ModularSolver, Moments, WeightGroup, modular
-from lrc.solvers.groups import multiplied, stored_size
+from lrc.solvers.groups import fused_rows, multiplied, stored_size
 
 TOKENS, WIDTH, IN, OUT = 60, 8, 5, 6
 EXACT: dict[str, Any] = {"damping_in": 0.0, "damping_out": 0.0, "focus": 0.0}
+PLAIN = {"rotary": 0, "interleaved": 0}
 
 
 def options(**given: Any) -> ModularSolver:
@@ -177,7 +179,7 @@ def test_features_that_are_turned_together_stay_together(interleaved: int) -> No
 
 def test_all_queries_and_keys_are_as_they_were_and_the_kept_ones_have_the_largest_scores() -> None:
     group = attention("qk", 2, 2, 3, rotary=0, interleaved=0)
-    terms = solve(group)
+    terms = solve(group, queries="features")
     for new, one in zip(maps_of(options().cut(terms, 6), F64), group.members, strict=True):
         assert torch.equal(new.exact().weight, one.weight)
     q, k = group.members
@@ -187,11 +189,69 @@ def test_all_queries_and_keys_are_as_they_were_and_the_kept_ones_have_the_larges
     assert torch.equal(terms.tensors["places1"], scores.argsort(descending=True))
 
 
+# One linear for queries, keys and values.
+
+
+def fused(heads: int, kv_heads: int, size: int) -> WeightGroup:
+    shared = heads // kv_heads
+    width = (shared + 2) * size
+    numbers = {"heads": heads, "kv_heads": kv_heads, "size": size, "together": 1, **PLAIN, "start_q": 0}
+    numbers |= {"start_k": shared * size, "start_v": (shared + 1) * size} | {f"stride_{role}": width for role in "qkv"}
+    return WeightGroup("qkvo", (member(kv_heads * width, IN, 3, bias=True), member(OUT, heads * size, 4, bias=True)), numbers)
+
+
+def attended(group: WeightGroup, qkv: Any, o: Any) -> tuple[Tensor, Tensor]:
+    """The matrices of scores (heads, IN + 1, IN + 1) and of what is read (heads, OUT, IN + 1), biases with them."""
+    facts = group.facts
+    rows = torch.cat([qkv.weight, qkv.bias[:, None]], 1)
+    shared = facts["heads"] // facts["kv_heads"]
+    q, k, v = (rows[fused_rows(facts, role)].view(-1, facts["size"], IN + 1) for role in "qkv")
+    k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
+    return q.mT @ k, o.weight.view(OUT, facts["heads"], -1).transpose(0, 1) @ v
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
+def test_a_fused_linear_keeps_features_of_all_three_and_all_of_them_exactly(heads: int, kv_heads: int) -> None:
+    group = fused(heads, kv_heads, 4)
+    terms = solve(group)
+    assert terms.full_rank == 2 * 4 * kv_heads - 1
+    assert bool((terms.losses.diff() <= 1e-12).all())
+    qkv, o = (made.exact() for made in maps_of(options().cut(terms, terms.full_rank), F64))
+    for new, old in zip(attended(group, qkv, o), attended(group, *group.members), strict=True):
+        assert torch.allclose(new, old, atol=1e-8)
+    q_and_k, values = solve_halves(group)
+    for rank in range(1, terms.full_rank + 1):
+        first, second = maps_of(options().cut(terms, rank), F64)
+        kept = {int(p) for p in first.slots[0].places()}
+        counts = [len(kept & set(fused_rows(group.facts, role).tolist())) for role in "qkv"]
+        assert counts[0] == heads // kv_heads * counts[1]
+        assert counts[1] + counts[2] == rank + 1
+        assert min(counts) >= 1
+        assert second.slots[-1].places().shape[0] == heads // kv_heads * counts[2]
+        assert float(terms.losses[rank]) == pytest.approx(float(q_and_k.losses[counts[1]] + values.losses[counts[2]]))
+
+
+def solve_halves(group: WeightGroup) -> tuple[GroupTerms, GroupTerms]:
+    """The pair of queries and keys, and that of values and output, as if they were linears of their own."""
+    whole, reader = group.members
+
+    def part(role: str) -> Member:
+        rows = fused_rows(group.facts, role)
+        fisher = whole.moments.fisher[rows][:, rows]
+        return Member(whole.weight[rows], whole.bias[rows], replace(whole.moments, fisher=fisher))
+
+    return (
+        solve(WeightGroup("qk", (part("q"), part("k")), group.facts)),
+        solve(WeightGroup("vo", (part("v"), reader), group.facts)),
+    )
+
+
 # What every kind of group says of its size.
 
 
 @pytest.mark.parametrize(
-    "group", [mlp(bias=True), attention("vo", 4, 2, 4), attention("qk", 4, 2, 4, rotary=4, interleaved=0, together=2)]
+    "group",
+    [mlp(bias=True), attention("vo", 4, 2, 4), attention("qk", 4, 2, 4, rotary=4, interleaved=0, together=2), fused(4, 2, 4)],
 )
 def test_what_a_rank_costs_is_read_off_meta_tensors(group: WeightGroup) -> None:
     terms = solve(group)

@@ -76,7 +76,7 @@ def choices(field: dict[str, Any], schema: dict[str, Any]) -> tuple[set[str], se
 
 def test_words_and_mappings_of_every_kind_are_offered(schema: dict[str, Any]) -> None:
     properties = schema["properties"]
-    fields = {PASSES: properties["passes"]["items"], EXPORTERS: properties["export"]["items"]}
+    fields = {PASSES: schema["$defs"]["Pass"], EXPORTERS: properties["export"]["items"]}
     fields[METRICS] = schema["$defs"]["EvaluateSpec"]["properties"]["metrics"]["items"]
     factorize = next(o for o in fields[PASSES]["anyOf"] if o.get("title") == "Factorize")
     fields[SOLVERS] = factorize["properties"]["solver"]
@@ -86,7 +86,7 @@ def test_words_and_mappings_of_every_kind_are_offered(schema: dict[str, Any]) ->
 
 
 def test_a_rank_is_a_number_or_one_policy(schema: dict[str, Any]) -> None:
-    passes = schema["properties"]["passes"]["items"]["anyOf"]
+    passes = schema["$defs"]["Pass"]["anyOf"]
     rank = next(o for o in passes if o.get("title") == "Factorize")["properties"]["rank"]
     number, *policies = rank["anyOf"]
     assert number == {"type": "integer", "minimum": 1}

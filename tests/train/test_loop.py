@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from lrc.errors import DataError, TrainError
 from lrc.train.checkpoint import Checkpoints
 from lrc.train.data import Examples
-from lrc.train.loop import Loop, Settings, Validation
+from lrc.train.loop import Loop
 from lrc.train.optim import Fira, PerLayer
 from lrc.train.recipes import Recipe
 from lrc.train.schedule import Schedule
+from lrc.train.settings import Settings, Validation
 
 
 def examples(count: int = 24, *, masked: bool = True) -> Examples:

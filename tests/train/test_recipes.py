@@ -15,12 +15,13 @@ from lrc.program import Program
 from lrc.spec.registry import RECIPES
 from lrc.train.checkpoint import Checkpoints
 from lrc.train.data import Examples
-from lrc.train.loop import Loop, Settings
+from lrc.train.loop import Loop
 from lrc.train.optim import ProximalAdamW
 from lrc.train.recipes import Context
 from lrc.train.recipes.maestro import MaestroRecipe, OrderedRanks, norms, penalty
 from lrc.train.recipes.sora import SoraRecipe, Sparsify, thresholds
 from lrc.train.schedule import Schedule
+from lrc.train.settings import Settings
 
 
 class Linears(nn.Module):

@@ -31,7 +31,8 @@ EDITS: dict[Any, Edit] = {}
 def cut_units(program: Program, groups: Groups, gone: Mapping[str, Array], by: str) -> list[str]:
     """Take units out of a program. gone: of every group by name, which units. by: the pass. Returns notes.
 
-    Raises SiteError where what is left does not fit together, which says that a rule of the flow is wrong.
+    What is left of a weight that no pass had touched can be trained, as what every pass makes, unless adapters are there to be
+    trained in its place. Raises SiteError where what is left does not fit together: then a rule of the flow is wrong.
     """
     alive = living(groups, gone)
     ledger = groups.flow.ledger
@@ -40,6 +41,9 @@ def cut_units(program: Program, groups: Groups, gone: Mapping[str, Array], by: s
     changed = sorted({slot[1] for slot, labels in ledger.slots.items() if slot[0] == "site" and not alive[labels].all()})
     order = [fqn for fqn in program.sites if fqn in changed]
     new = {fqn: cut_map(program, fqn, program.map_of(fqn), groups, alive) for fqn in order}
+    for fqn in order if not program.frozen else ():
+        if fqn not in program.maps:
+            new[fqn].requires_grad_(True)
     program.raise_sites(order)
     for fqn in order:
         adapted = program.adapters.get(fqn)

@@ -1,8 +1,8 @@
 """What hangs on training: a penalty, something before and after every step, and a last word on the maps."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ParamSpec, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,25 @@ R = TypeVar("R")
 
 
 class RecipeOptions(Tagged):
-    """Options of a recipe."""
+    """Options of a recipe.
+
+    teacher: it wants an objective that looks at the uncompressed model; pauses: passes may run while it trains.
+    """
+
+    teacher: ClassVar[bool] = False
+    pauses: ClassVar[bool] = True
+
+    def moved(self, parameters: Mapping[str, Tensor], seed: int) -> Mapping[str, Tensor]:
+        """Return what the optimizer moves, by name: the trained parameters themselves, where nothing else is said."""
+        return parameters
+
+    def held_bytes(self, parameters: Mapping[str, Tensor]) -> int:
+        """Return the bytes that the recipe keeps beside the parameters."""
+        return 0
+
+    def step_bytes(self, trained: Mapping[str, Tensor]) -> int:
+        """Return what a step keeps for the recipe until its backward pass, beside the model's own graph, in bytes."""
+        return 0
 
 
 class Loss(Protocol):
@@ -47,7 +65,11 @@ class Own:
 
 @dataclass(frozen=True)
 class Context:
-    """What a recipe is given. fqns: the trained sites; gates: names of gates; steps, per_epoch: of the run, in steps."""
+    """What a recipe is given.
+
+    fqns: the trained sites; gates: names of gates; steps, per_epoch: of the run, in steps; moved: what its options let the
+    optimizer move.
+    """
 
     program: Program
     fqns: Sequence[str]
@@ -58,6 +80,7 @@ class Context:
     per_epoch: int
     seed: int = 0
     own: Own | None = None
+    moved: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Recipe:
@@ -90,6 +113,10 @@ class Recipe:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned."""
+
+    def pause(self) -> list[str]:
+        """Leave the program as passes that run while it is trained may see it; what follows has a recipe of its own."""
+        return []
 
     def finish(self) -> list[str]:
         """Leave the program as the method says when training is over; return what the plan should mention."""

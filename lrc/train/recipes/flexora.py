@@ -1,7 +1,7 @@
 """flexora: a gate for the adapters of every layer, moved by a loss on other data; layers whose gate falls lose theirs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -69,6 +69,7 @@ class FlexoraRecipe(RecipeOptions):
     every: int = Field(default=1, ge=1, description="Steps of training between two of the gates.")
     batches: int = Field(default=8, ge=1, description="Batches of the data for one step of the gates.")
     select: SelectField = Field(default=Positive(), description="Which layers keep their adapters.")
+    pauses: ClassVar[bool] = False
 
 
 @recipe(FlexoraRecipe)

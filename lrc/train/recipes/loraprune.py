@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class LoraPruneRecipe(RecipeOptions):
     )
     skip_first: float = Field(default=0.1, ge=0, lt=1, description="Share of the groups of a kind, in order, that stay whole.")
     skip_last: int = Field(default=1, ge=0, description="Groups of a kind at the end that stay whole.")
+    pauses: ClassVar[bool] = False
 
 
 @recipe(LoraPruneRecipe)

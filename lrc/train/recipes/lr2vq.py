@@ -1,7 +1,7 @@
 """lr2vq: pieces of weights in a few dimensions are trained, then clustered while they are trained, then stored as codes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +36,7 @@ class Lr2vqRecipe(RecipeOptions):
     every: int = Field(default=10, ge=1, description="Steps between two new assignments, where they are hard.")
     iterations: int = Field(default=100, ge=0, description="Turns of k-means before the first clustered step, at most.")
     dtype: Literal["float16", "model"] = Field(default="float16", description="Of codewords and basis at the end.")
+    pauses: ClassVar[bool] = False
 
 
 @recipe(Lr2vqRecipe)

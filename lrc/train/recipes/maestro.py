@@ -32,6 +32,11 @@ class MaestroRecipe(RecipeOptions):
     )
     warmup_epochs: int = Field(default=0, ge=0, description="Epochs at full rank before ranks are drawn.")
 
+    def step_bytes(self, trained: Mapping[str, Tensor]) -> int:
+        """Return the size of the factors: the penalty reads a copy of their active components, and they are all at first."""
+        factors = [t.nbytes for name, t in trained.items() if name.endswith((".A", ".B"))]
+        return sum(factors) if self.group_lasso else 0
+
 
 @recipe(MaestroRecipe)
 def maestro(context: Context, options: MaestroRecipe) -> Recipe:
@@ -161,8 +166,16 @@ class OrderedRanks(Recipe):
         self.active, self.sweep = dict(state["active"]), state["sweep"]
         self.pairs = [(fqn, width) for fqn, width in state["pairs"]]
 
+    def pause(self) -> list[str]:
+        """Remove dropped components; every layer stays a product."""
+        return self.remove(dense=False)
+
     def finish(self) -> list[str]:
-        """Remove dropped components; what is then no smaller than a dense weight becomes one.
+        """Remove dropped components; what is then no smaller than a dense weight becomes one."""
+        return self.remove(dense=True)
+
+    def remove(self, *, dense: bool) -> list[str]:
+        """Remove dropped components from the layers.
 
         What is dropped is read off the values: a validation may have brought those of an earlier step back, where more stood.
         """
@@ -177,7 +190,7 @@ class OrderedRanks(Recipe):
             A, B = A.detach()[places].contiguous(), B.detach()[:, places].contiguous()
             bias = None if made.bias is None else made.bias.detach().clone()
             new: LinearMap = Chain(B, A, bias=bias)
-            if made.out_features * made.in_features < len(places) * (made.out_features + made.in_features):
+            if dense and made.out_features * made.in_features < len(places) * (made.out_features + made.in_features):
                 new = Dense(*new.dense())
             if len(places) < full or isinstance(new, Dense):
                 self.program.replace(fqn, new, "train", settle=False)
