@@ -120,7 +120,8 @@ class GuidedPruning(Recipe):
             first, *others = inputs
             if not first.requires_grad:
                 return None
-            held, read = first.detach(), first.view_as(first)  # a view of its own: others that read it have other gradients
+            held = first.detach()
+            read: Any = first.view_as(first)  # a view of its own: others that read it have other gradients
             read.register_hook(lambda grad: self.changes.setdefault(fqn, []).append((held * grad).flatten(0, -2)))
             return (read, *others)
 
