@@ -65,12 +65,7 @@ def main(folder: Path, bert: Path) -> None:
             trained(encoder, folder / kind, layers, **text, **how, **slow, parameters="all", checkpointing=True, **judged)
         )
         if kind != "fsdp2":
-            thin = {
-                "recipe": {"type": "recover", "updates": "low_rank", "rank": 2},
-                "objective": "distillation",
-                "during": [CUT],
-            }
-            found[f"during {kind}"] = told(trained(tower, folder / kind, SQUEEZE, **data | how | thin))
+            found[f"during {kind}"] = told(trained(tower, folder / kind, SQUEEZE, **data, **how, during=[CUT]))
         again = sorted((folder / kind / "train").glob("*/step-00000006.pt"))
         if together.first:
             for path in again:
