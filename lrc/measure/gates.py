@@ -10,6 +10,8 @@ from lrc.data import Batch
 from lrc.measure.cotangents import Fisher, cotangent
 from lrc.measure.taps import Tap, placeholder_values, taps_of
 from lrc.program import Program
+from lrc.program.dependency import Group
+from lrc.program.dependency.labels import Array
 from lrc.program.readout import readout
 
 
@@ -25,6 +27,29 @@ def gate_gradients(
     walk = Gated(program, fqns)
     for count, batch in enumerate(batches):
         yield walk.batch(batch, loss, torch.Generator().manual_seed(seed * 1_000_003 + count))
+
+
+def by_gates(groups: Sequence[Group], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the sums over all rows of the squares of what the loss changes by, in first order, without a unit in that row.
+
+    batches: gradients of gates, (rows, channels) by site. The sites that read a unit act together where they have the same
+    rows; over others (images here, positions there) squares are added.
+    """
+    totals = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
+    for gradients in batches:
+        for group in groups:
+            changes: dict[int, Tensor] = {}
+            for fqn, index in readers(group):
+                found = gradients[fqn].double()[:, torch.from_numpy(index)].sum(-1).cpu()
+                changes[len(found)] = changes.get(len(found), 0) + found
+            for change in changes.values():
+                totals[group.name] += change.square().sum(0)
+    return totals
+
+
+def readers(group: Group) -> list[tuple[str, Array]]:
+    """Return the sites that read a group's units, and where."""
+    return [(m.slot[1], m.index) for m in group.members if m.site is not None and m.slot[2] == "in"]
 
 
 class Gated(fx.Interpreter):

@@ -23,7 +23,7 @@ class Score:
 
     entries: from a weight (out_features, in_features) and its moments to the scores of its entries, not negative, in float32
     or more; None where gates on what sites read are differentiated in their place. needs: what is measured for it. sides: of a
-    unit, what is summed: rows of what writes it (out), columns of what reads it (in).
+    unit, what is summed: rows of what writes it (out) unless a batch norm follows, columns of what reads it (in).
     absolute: units of different groups compare as they are, for their cost; else only relative to the mean of their group.
     """
 

@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[5e-4])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--hidden", type=float, default=0.0)
+    parser.add_argument("--rank", type=int, help="of low-rank updates; without it factors move in full")
     parser.add_argument("--dropout", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration draw and training")
     parser.add_argument("--least", type=float, default=0.85, help="exit with 3 where the mean over seeds is below")
@@ -34,6 +35,7 @@ def main() -> None:
     split = "test" if options.test else "dev"
     WORK.mkdir(parents=True, exist_ok=True)
     program = lrc.capture(str(minilm()))
+    thin = {"updates": "low_rank", "rank": options.rank} if options.rank else {}
     rows: list[dict[str, Any]] = [{"what": "dense", "spearman": round(score(program, split), 4)}]
     reached: dict[float, list[float]] = {lr: [] for lr in options.lr}
     with tempfile.TemporaryDirectory() as name:
@@ -52,7 +54,8 @@ def main() -> None:
                 train = {
                     "type": "train", "data": data, "steps": options.steps, "batch_size": options.batch, "seed": seed,
                     "dropout": options.dropout, "objective": {"type": "distillation", "hidden": options.hidden},
-                    "optimizer": {"type": "adamw", "lr": lr}, "schedule": {"type": "cosine", "warmup_ratio": 0.05},
+                    "recipe": {"type": "recover", **thin}, "optimizer": {"type": "adamw", "lr": lr},
+                    "schedule": {"type": "cosine", "warmup_ratio": 0.05},
                 }  # fmt: skip
                 start = time.perf_counter()
                 trained = lrc.compile(program, spec | {"passes": [squeeze, train]}, cache=WORK / "cache")
@@ -61,7 +64,7 @@ def main() -> None:
                 reached[lr].append(value)
                 rows.append({
                     "what": "factorize, train", "seed": seed, "lr": lr, "steps": options.steps, "batch": options.batch,
-                    "spearman": round(value, 4), "seconds": round(time.perf_counter() - start, 1),
+                    "rank": options.rank, "spearman": round(value, 4), "seconds": round(time.perf_counter() - start, 1),
                     "loss": [round(statistics.mean(p), 5) for p in (every[:20], every[len(every) // 2 :][:20], every[-20:])],
                 })  # fmt: skip
                 print(rows[-1], flush=True)

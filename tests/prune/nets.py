@@ -1,6 +1,6 @@
 """Small networks with everything that ties channels, and the model that a pruned one must agree with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -75,14 +75,50 @@ class Joined(nn.Module):
         return self.head(torch.relu(self.twice(torch.relu(self.twice(x)))))
 
 
+class Grouped(nn.Module):
+    """Group norms: of several groups, of one channel a group around a residual, and of all channels together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 12, 3, padding=1), nn.GroupNorm(4, 12)
+        self.a, self.a_norm = nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.GroupNorm(12, 12)
+        self.b, self.b_norm = nn.Conv2d(12, 6, 1), nn.GroupNorm(1, 6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem_norm(self.stem(x)))
+        x = F.relu(x + self.a_norm(self.a(x)))
+        return self.head(F.relu(self.b_norm(self.b(x))).mean((2, 3)))
+
+
+class Attending(nn.Module):
+    """A block with `nn.MultiheadAttention`, whose heads are within the batch; `cross`: with keys of another width."""
+
+    def __init__(self, cross: bool = False, weights: bool = False, **options: bool) -> None:
+        super().__init__()
+        self.weights = weights
+        self.norm = nn.LayerNorm(20)
+        more = {"kdim": 8, "vdim": 12} if cross else {}
+        self.keys, self.values = (nn.Linear(20, 8), nn.Linear(20, 12)) if cross else (nn.Identity(), nn.Identity())
+        self.attn = nn.MultiheadAttention(20, 4, **options, **more)
+        self.up, self.down = nn.Linear(20, 24), nn.Linear(24, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        x = x + self.attn(h, self.keys(h), self.values(h), need_weights=self.weights)[0]
+        return x + self.down(torch.relu(self.up(x)))
+
+
 def net(kind: str) -> nn.Module:
     """Return a network in eval mode with norms that do something, the same one every time."""
     torch.manual_seed(0)
-    made = {"residual": Residual, "zeros": lambda: Residual(True), "separable": Separable, "joined": Joined}[kind]().eval()
+    kinds: Mapping[str, Callable[[], nn.Module]] = {
+        "residual": Residual, "zeros": lambda: Residual(True), "separable": Separable, "joined": Joined, "grouped": Grouped,
+    }  # fmt: skip
+    made = kinds[kind]().eval()
     for module in made.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                assert tensor is not None
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+            for tensor in (*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())):
                 nn.init.uniform_(tensor, 0.5, 1.5)
     return made
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from models import Captured, inputs_for
-from nets import Gone, group_of, half, image_program, masked
+from nets import Attending, Gone, group_of, half, image_program, masked
 from torch import Tensor, nn
 
 from lrc.errors import LowerError
@@ -32,7 +32,7 @@ def agree(program: Program, groups: Groups, gone: Gone, *args: Tensor, **inputs:
     return made
 
 
-@pytest.mark.parametrize("kind", ["residual", "zeros", "separable", "joined"])
+@pytest.mark.parametrize("kind", ["residual", "zeros", "separable", "joined", "grouped"])
 def test_a_cut_network_is_the_masked_one(kind: str) -> None:
     program, x = image_program(kind)
     groups = find_groups(program)
@@ -41,6 +41,49 @@ def test_a_cut_network_is_the_masked_one(kind: str) -> None:
     again = find_groups(made)
     assert {g.name for g in again.groups} <= {g.name for g in groups.groups}
     agree(made, again, half(again, 1), x)
+
+
+def test_the_channels_of_a_group_norms_group_go_together() -> None:
+    program, x = image_program("grouped")
+    groups = find_groups(program)
+    stem = group_of(groups, "stem")
+    assert stem.units == 4
+    assert next(m.index for m in stem.members if m.slot[1:] == ("stem", "out")).tolist() == np.arange(12).reshape(4, 3).tolist()
+    assert groups.reasons["b"] == "group_norm in b_norm normalises over it"
+    cut_units(program, groups, {"stem": np.array([1, 2])}, "prune")
+    made = graft(program)
+    assert isinstance(made.stem_norm, nn.GroupNorm)
+    assert made.stem_norm.num_groups == 2
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), program(x)["output"], rtol=0, atol=1e-6)
+
+
+ATTENTIONS = [
+    {"batch_first": True},
+    {},
+    {"weights": True},
+    {"batch_first": True, "weights": True},
+    {"cross": True},
+    {"batch_first": True, "bias": False},
+]
+
+
+@pytest.mark.parametrize("options", ATTENTIONS, ids=str)
+def test_heads_within_the_batch_are_cut_as_the_masked_model(options: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 20)
+    program = capture_module(Attending(**options).eval(), [x])
+    groups = find_groups(program)
+    heads, features = next(g for g in groups.groups if g.kind == "heads"), group_of(groups, "up")
+    assert (heads.units, features.units) == (4, 24)
+    packed = next(m.index for m in heads.members if m.slot[2] == "out" and m.slot[1] == heads.name)
+    size = 15 if heads.name == "attn.in_proj_weight" else 5
+    assert packed.shape == (4, size)
+    assert packed[1].tolist() == [start + i for start in range(0, 4 * size, 20) for i in range(5, 10)]
+    made = agree(program, groups, half(groups), x)
+    with torch.no_grad():
+        torch.testing.assert_close(graft(made)(x), made(x)["output"], rtol=0, atol=1e-6)
+    agree(made, find_groups(made), half(find_groups(made), 1), torch.randn(4 if "batch_first" in options else 3, 6, 20))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "qwen3", "opt", "distilbert", "vit", "t5"])

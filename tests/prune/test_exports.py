@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from models import Captured
-from nets import net
+from nets import Attending, net
 
 import lrc
 from lrc.api import compile_to_folder
@@ -166,6 +166,22 @@ def test_every_config_of_these_shapes_is_tried(captured: Callable[[str], Capture
              for c in fitting_configs(model, old, new)]  # fmt: skip
     assert {"head_dim": 4, "num_attention_heads": 2, "num_key_value_heads": 1} in found
     assert {"head_dim": 2, "num_attention_heads": 4, "num_key_value_heads": 2} in found
+
+
+@pytest.mark.parametrize("kind", ["attention", "grouped"])
+def test_heads_within_the_batch_and_groups_of_norms_run_as_onnx(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Attending(batch_first=True) if kind == "attention" else net(kind)
+    x = torch.randn(3, 6, 20) if kind == "attention" else torch.randn(3, 3, 8, 8)
+    step = {"type": "prune", "method": {"type": "structured", "amount": {"width_kept": 0.5}}}
+    done = lrc.compile(model.eval(), {"version": 1, "passes": [step]}, inputs=[x])
+    assert any("of 4 heads" in note or "of 4 channels" in note for d in done.plan.decisions for note in d.notes)
+    more = torch.randn(5, *x.shape[1:])
+    with torch.no_grad():
+        expected = done.module(more)
+        torch.testing.assert_close(done.graft()(more), expected, rtol=0, atol=WITHIN)
+    found = OrtRunner(done.to_onnx(Path("model.onnx")))(**{next(iter(done.program.inputs.examples)): more})["output"]
+    np.testing.assert_allclose(np.asarray(found), expected.numpy(), rtol=0, atol=WITHIN)
 
 
 def test_a_pruned_network_with_batch_norms_runs_as_onnx_and_as_a_stored_program() -> None:

@@ -13,6 +13,8 @@ import lrc
 from lrc.errors import TrainError, UsageError
 from lrc.program.dependency import find_groups
 from lrc.solvers.lora_guided import guided_entries, guided_gradient, kept_units, pruned_share
+from lrc.train.recipes.base import Context
+from lrc.train.recipes.loraprune import LoraPruneRecipe, loraprune
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +192,37 @@ def test_the_importance_is_the_running_mean_of_every_modules_scores_over_their_l
     monkeypatch.setattr(GuidedPruning, "graded", watched)
     trained({"type": "loraprune", "width_kept": 0.5, "every": 3, "skip_first": 0.0, "skip_last": 0}, steps=8)
     assert steps == list(range(8))
+
+
+def test_taylor_is_what_the_loss_changes_by_without_a_unit_in_every_row() -> None:
+    """Gates written out anew on what `down` reads, over two batches; what another reader of it takes is not in its gradient."""
+    adapt = {"type": "adapt", "targets": ["{up,gate,down}.*"], "method": "lora", "rank": 3, "alpha": 6}
+    x, model = torch.randn(10, 6, generator=torch.Generator().manual_seed(3)), mlps()
+    program = lrc.compile(model, {"version": 1, "passes": [adapt]}, inputs=[x[:4]]).program
+    fqns = [f"{name}.{i}" for name in ("up", "gate", "down") for i in range(3)]
+    parameters = {name: p for name, p in program.graph_module.named_parameters() if p.requires_grad}
+    context = Context(program, fqns, parameters, (), torch.optim.SGD(parameters.values()), 10, 10)
+    options = LoraPruneRecipe(importance="taylor", width_kept=0.5, skip_first=0.0, skip_last=0, ema=0.0)
+    made: Any = loraprune(context, options)
+    for part in x.split(5):
+        program(part)["output"].square().sum().backward()
+    made.graded(0)
+    assert made.changes == {}
+    gates = [torch.ones(10, 12, requires_grad=True) for _ in range(3)]
+    h = model.start(x)
+    for up, gate, down, ones in zip(model.up, model.gate, model.down, gates, strict=True):
+        h = h + down(ones * (up(h) * torch.sigmoid(gate(h))))
+    model.head(h).square().sum().backward()
+    for i, ones in enumerate(gates):
+        assert ones.grad is not None
+        expected = ones.grad.square().sum(0)
+        torch.testing.assert_close(made.importance[f"up.{i}"], expected / expected.norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_training_by_taylor_ends_in_the_same_widths() -> None:
+    recipe = {"type": "loraprune", "importance": "taylor", "width_kept": 0.5, "every": 2, "skip_first": 0.0, "skip_last": 0}
+    done = trained(recipe, accumulate=2)
+    assert [done.program.sites[f"up.{i}"].out_features for i in range(3)] == [6, 6, 6]
 
 
 def test_heads_of_a_decoder_go_with_their_queries_and_the_rest_is_what_the_formula_says(llama: Path, data: Path) -> None:

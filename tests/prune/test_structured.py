@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from lrc_passes.pruners.unit_scores import by_gates
+from lrc_passes.pruners.unit_scores import of_units
 from lrc_passes.pruners.widths import Widths
 from nets import image_program, masked, net
 from torch import Tensor, nn
 
 import lrc
 from lrc.errors import SpecError, UsageError
+from lrc.measure.gates import by_gates
 from lrc.program.capture import capture_module
 from lrc.program.dependency import Group, Member, find_groups
 from lrc.solvers import Moments
@@ -83,6 +84,30 @@ def test_scores_of_a_linear_are_their_formulas() -> None:
     torch.testing.assert_close(wanda(W, moments).sqrt() * 40**0.5, W.abs() * x.norm(dim=0).float())
 
 
+def test_the_length_of_a_row_before_a_batch_norm_says_nothing() -> None:
+    """Rows of any length give the same after the norm: the cut is that of the columns which read it."""
+    model = net("residual")
+    assert isinstance(model.a1, nn.Conv2d)
+    assert isinstance(model.a2, nn.Conv2d)
+    length = model.a2.weight.detach().double().square().sum((0, 2, 3))
+    kept = length.argsort()[4:].sort().values
+    with torch.no_grad():
+        model.a1.weight[kept] *= 1e-2
+    done = pruned(model, targets=["a1", "a2"], amount={"width_kept": 0.5})
+    assert torch.equal(done.program.sites["a1"].map.dense().weight, model.a1.weight[kept].detach().flatten(1))
+
+
+def test_rows_count_where_no_batch_norm_follows_or_nothing_else_counts() -> None:
+    index = np.array([[0], [1]])
+    up, down = Member(("site", "up", "out"), index), Member(("site", "down", "in"), index)
+    summed = {("up", "out"): torch.tensor([3.0, 1.0]), ("down", "in"): torch.tensor([10.0, 20.0])}
+    both, alone = Group("up", "channels", 2, (up, down)), Group("up", "channels", 2, (up,))
+    score = SCORES["magnitude"]
+    assert of_units(both, summed, score).tolist() == [13, 21]
+    assert of_units(both, summed, score, {"up"}).tolist() == [10, 20]
+    assert of_units(alone, summed, score, {"up"}).tolist() == [3, 1]
+
+
 def test_taylor_is_the_squared_change_by_all_readers_of_a_unit_together() -> None:
     """Readers of the same rows act together, signs and all; readers of others are added as squares."""
     index = np.array([[0, 1], [2, 3]])
@@ -120,10 +145,10 @@ def test_merging_afterwards_leaves_the_masked_models_output() -> None:
 
 
 def _gone(program: Any, group: Any) -> list[int]:
-    """Return the half of a group's units whose weights are shortest, rows and columns together."""
+    """Return the half of a group's units whose weights are shortest: columns, and rows that no batch norm follows."""
     total = torch.zeros(group.units, dtype=torch.float64)
     for member in group.members:
-        if member.site is None:
+        if member.site is None or (member.slot[2] == "out" and member.site != "down"):  # all others stand before a norm
             continue
         weight = program.sites[member.site].map.dense().weight.double()
         if member.slot[2] == "out":

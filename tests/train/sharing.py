@@ -14,6 +14,7 @@ from lrc.run.prepare import replace_task
 from lrc.train.distributed import world
 
 SQUEEZE = {"type": "factorize", "solver": "svd", "rank": {"fraction": 0.5}, "form": "two_factor"}
+CUT = {"type": "prune", "method": {"type": "ranks", "criterion": "singular", "rank": {"fraction": 0.25}}}
 
 
 def regression() -> list[dict[str, Any]]:
@@ -63,6 +64,8 @@ def main(folder: Path, bert: Path) -> None:
         found[f"bert {kind}"] = told(
             trained(encoder, folder / kind, layers, **text, **how, **slow, parameters="all", checkpointing=True, **judged)
         )
+        if kind != "fsdp2":
+            found[f"during {kind}"] = told(trained(tower, folder / kind, SQUEEZE, **data, **how, during=[CUT]))
         again = sorted((folder / kind / "train").glob("*/step-00000006.pt"))
         if together.first:
             for path in again:
@@ -75,6 +78,7 @@ def main(folder: Path, bert: Path) -> None:
             refusal(tower, folder, SQUEEZE, **data, per_layer=True, clip=None),
             refusal(tower, folder, SQUEEZE, **data, distributed="fsdp2", optimizer={"type": "fira", "rank": 2}),
             refusal(tower, folder, SQUEEZE, **data, distributed="fsdp2", recipe="maestro"),
+            refusal(tower, folder, SQUEEZE, **data, distributed="fsdp2", during=[CUT]),
         ]
         fira = {"optimizer": {"type": "fira", "rank": 2, "lr": 1e-2}}
         found["fira"] = told(trained(tower, folder / "fira", SQUEEZE, **data, **fira))["losses"]

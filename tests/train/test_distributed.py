@@ -45,14 +45,16 @@ def test_two_processes_train_as_one_and_resume(bert: Path, tmp_path: Path) -> No
         wanted = one[f"{model} auto"]
         for kind in ("ddp", "fsdp2"):
             close(two[f"{model} {kind}"], wanted)
+    close(two["during ddp"], one["during auto"])
     assert len(set(one["mlp auto"]["losses"])) == 6
     for kind in ("ddp", "fsdp2"):
         assert two[f"mlp {kind} again"] == two[f"mlp {kind}"]
-    batch, layers, whole, recipe = two["refused"]
+    batch, layers, whole, recipe, during = two["refused"]
     assert "a `batch_size` that 2 processes share evenly, got 7" in batch
     assert "`per_layer` updates before gradients are averaged" in layers
     assert "`fira` wants whole gradients, not shares of them. Set `distributed: ddp`" in whole
     assert "the recipe `maestro` wants whole parameters. Set `distributed: ddp`" in recipe
+    assert "`during` wants whole parameters. Set `distributed: ddp`" in during
     assert two["fira"][-1] < two["fira"][0]
 
 

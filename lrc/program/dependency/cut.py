@@ -14,6 +14,7 @@ from lrc.errors import SiteError
 from lrc.maps import LinearMap, Patches
 from lrc.maps.kept import keep_inputs, keep_outputs, taken
 from lrc.program.dependency.attributes import fit_modules
+from lrc.program.dependency.flow import erase_unread
 from lrc.program.dependency.groups import Groups
 from lrc.program.dependency.labels import Array, Axes
 from lrc.program.edits import put
@@ -35,6 +36,7 @@ def cut_units(program: Program, groups: Groups, gone: Mapping[str, Array], by: s
     """
     alive = living(groups, gone)
     ledger = groups.flow.ledger
+    erase_unread(program)
     sizes = Sizes(alive, {node.name: value for node, value in groups.flow.values.items()})
     changed = sorted({slot[1] for slot, labels in ledger.slots.items() if slot[0] == "site" and not alive[labels].all()})
     order = [fqn for fqn in program.sites if fqn in changed]
@@ -58,6 +60,10 @@ def cut_units(program: Program, groups: Groups, gone: Mapping[str, Array], by: s
             before = numbers_in(node)
             EDITS[node.target](node, sizes)
             changes.setdefault(module_of(node), {}).update(zip(before, numbers_in(node), strict=False))
+    for group in groups.groups:  # numbers of units are sizes too, where the graph has them times another alone
+        for own in (changes.get(fqn.rpartition(".")[0]) for fqn in group.sites if len(gone.get(group.name, ()))):
+            if own is not None:
+                own.setdefault(group.units, group.units - len(gone[group.name]))
     program.settle()
     try:
         refresh_values(program)
@@ -162,6 +168,9 @@ def _sizes(node: fx.Node, sizes: Sizes) -> None:
     axes = sizes.axes(node)
     asked: Any = node.args[1]
     new = [sizes.size(axes, dim) if isinstance(size, int) and size >= 0 else size for dim, size in enumerate(asked)]
+    for dim, size in enumerate(asked):
+        if isinstance(size, fx.Node) and (kept := sizes.staying(axes, dim)) is not None and not kept.all():
+            new[dim] = -1  # heads within the batch: what is left of the entries
     node.args = (node.args[0], new, *node.args[2:])
 
 
@@ -182,6 +191,14 @@ def _split(node: fx.Node, sizes: Sizes) -> None:
     dim = given % len(before.shape)
     node.target = aten.split_with_sizes.default
     node.args, node.kwargs = (node.args[0], [sizes.size(piece, dim) for piece in pieces], dim), {}
+
+
+@edit(aten.group_norm.default)
+def _group_norm(node: fx.Node, sizes: Sizes) -> None:
+    kept = sizes.staying(sizes.axes(node.args[0]), 1)
+    if kept is not None:
+        many = int(node.args[1])  # type: ignore[arg-type]  # an int
+        node.args = (node.args[0], many * int(kept.sum()) // len(kept), *node.args[2:])
 
 
 @edit(aten.slice.Tensor)

@@ -30,6 +30,20 @@ def rule(*targets: Any) -> Callable[[NodeRule], NodeRule]:
     return decorate
 
 
+def erase_unread(program: Program) -> None:
+    """Take operators out of a graph whose values nothing reads, as the mean of attention weights that nobody asked for.
+
+    Such a value would tie what it is computed from.
+    """
+    graph = program.graph_module.graph
+    uses = {use.node for site in program.sites.values() for use in site.uses}
+    for node in reversed(list(graph.nodes)):
+        idle = node.op == "call_function" and not node.users and node.name not in uses
+        if idle and node.target not in SILENT and not node.is_impure():
+            graph.erase_node(node)
+    program.__dict__.pop("nodes", None)
+
+
 class Flow:
     """One walk over a program whose sites are all raised. values: the labels of every node's value."""
 

@@ -9,7 +9,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from lrc.program.dependency import moves, sums
-from lrc.program.dependency.flow import Flow
+from lrc.program.dependency.flow import Flow, erase_unread
 from lrc.program.dependency.labels import FIXED, Array, Ledger, Slot
 from lrc.program.program import Program
 
@@ -74,6 +74,7 @@ class Groups:
 def find_groups(program: Program) -> Groups:
     """Return what can be cut from a program, which is not changed."""
     twin = program.clone()
+    erase_unread(twin)
     nodes = set(twin.nodes)
     for fqn, site in twin.sites.items():  # recurrent layers are one operator, whose weights have no nodes
         if fqn not in twin.maps and all(use.node in nodes for use in site.uses):

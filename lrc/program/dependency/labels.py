@@ -14,7 +14,10 @@ FIXED = 0
 
 @dataclass(frozen=True)
 class Part:
-    """The labels of some dimensions of a value together. dims: rising; labels: of their sizes. drawn: stored nowhere."""
+    """The labels of some dimensions of a value together. dims: rising; drawn: stored nowhere.
+
+    labels: of their sizes, but along a dimension whose size is not known (heads within the batch) those of one period.
+    """
 
     dims: tuple[int, ...]
     labels: Array
@@ -142,6 +145,10 @@ def meet(ledger: Ledger, values: Sequence[Axes], shape: tuple[Any, ...], reason:
         for part in value.parts:
             first = parts.setdefault(part.dims, part)
             if first is not part:
+                if first.labels.shape != part.labels.shape:  # periods of their own
+                    ledger.fix(first.labels, reason)
+                    ledger.fix(part.labels, reason)
+                    continue
                 ledger.tie(first.labels, part.labels)
                 if first.drawn and not part.drawn:
                     parts[part.dims] = part
@@ -191,6 +198,12 @@ def reshaped(ledger: Ledger, value: Axes, shape: tuple[Any, ...], reason: str) -
         after = [dim for i in touched for dim in blocks[i][1]]
         clash = next((taken[i] for i in touched if i in taken), None)
         whole = all(isinstance(size, int) for size in [value.shape[d] for d in before] + [shape[d] for d in after])
+        repeated = None if clash is not None or whole else periodic(value, shape, part, before, after)
+        if repeated is not None:
+            taken |= dict.fromkeys(touched, part)
+            made = ledger.joined(*repeated, drawn=part.drawn)
+            parts += [made] if made else []
+            continue
         if clash is not None or not whole:
             ledger.fix(part.labels, reason)
             if clash is not None and not part.drawn:
@@ -202,6 +215,33 @@ def reshaped(ledger: Ledger, value: Axes, shape: tuple[Any, ...], reason: str) -
         made = ledger.joined(after, np.broadcast_to(spread, sizes).reshape([shape[dim] for dim in after]), drawn=part.drawn)
         parts += [made] if made else []
     return Axes(shape, tuple(parts))
+
+
+def periodic(
+    value: Axes, shape: tuple[Any, ...], part: Part, before: Sequence[int], after: Sequence[int]
+) -> tuple[list[int], Array] | None:
+    """Return dimensions of a view and the labels along them, where what repeats is a part's labels, or None.
+
+    before, after: the dimensions that hold the part, of the value and of the view, some of sizes that are not known. From the
+    part's first dimension on the value has labels that repeat along what is in front of it: so has the view.
+    """
+    first = before.index(part.dims[0])
+    inner = [value.shape[dim] for dim in before[first + 1 :]]
+    if not all(isinstance(size, int) for size in inner):
+        return None
+    lengths = [part.labels.shape[part.dims.index(dim)] if dim in part.dims else 1 for dim in before[first:]]
+    labels = np.broadcast_to(part.labels.reshape(lengths), [lengths[0], *inner])
+    left, dims, sizes = labels.size, list[int](), list[int]()
+    for dim in reversed(after):
+        size = shape[dim]
+        if left > 1 and not isinstance(size, int):
+            size = left if int(_size(size).as_coeff_Mul()[0]) % left == 0 else 0
+        if left == 1 or not size or left % size:
+            break
+        left //= size
+        dims.append(dim)
+        sizes.append(size)
+    return (dims[::-1], labels.reshape(sizes[::-1])) if left == 1 else None
 
 
 def matched(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int], list[int]]]:

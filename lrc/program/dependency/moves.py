@@ -158,6 +158,8 @@ def stack(flow: Flow, node: fx.Node) -> Value:
 def joined_along(flow: Flow, node: fx.Node, values: list[Axes], dim: int, shape: tuple[Any, ...]) -> Axes:
     """Return values behind one another along `dim`; in all other dimensions they are cut together."""
     ledger, reason = flow.ledger, f"{flow.named(node)} joins it to what cannot be cut"
+    if not all(isinstance(value.shape[dim], int) for value in values):
+        values = [ledger.collapsed(value, [dim], reason) for value in values]
     kinds = {part.dims for value in values if (part := value.part(dim)) is not None}
     alike = len(kinds) == 1 and all(value.part(dim) is not None for value in values)
     others = next(iter(kinds)) if alike else (dim,)
@@ -193,7 +195,13 @@ def pad(flow: Flow, node: fx.Node) -> Value:
         part = value.part(dim)
         if part is None or (before, after) == (0, 0):
             continue
-        if len(part.dims) > 1 or not isinstance(before, int) or not isinstance(after, int) or min(before, after) < 0:
+        if (
+            len(part.dims) > 1
+            or not isinstance(value.shape[dim], int)
+            or not isinstance(before, int)
+            or not isinstance(after, int)
+            or min(before, after) < 0
+        ):
             value = ledger.collapsed(value, [dim], f"{flow.named(node)} pads it")
             continue
         around = ledger.of(("value", node.name, str(dim)), before + after)
@@ -205,6 +213,8 @@ def pad(flow: Flow, node: fx.Node) -> Value:
 def along(flow: Flow, node: fx.Node, value: Axes, dim: int, move: Any, shape: tuple[Any, ...] | None = None) -> Axes:
     """Return a value whose labels along a dimension are moved, by `move(labels, axis)`."""
     dim %= len(value.shape)
+    if not isinstance(value.shape[dim], int):
+        value = flow.ledger.collapsed(value, [dim], f"{flow.named(node)} moves it along a size that is not known")
     parts = []
     for part in value.parts:
         if dim not in part.dims:

@@ -100,6 +100,28 @@ def batch_norm(flow: Flow, node: fx.Node) -> Value:
     return Axes(flow.shape(node), value.parts)
 
 
+@rule(aten.group_norm.default)
+def group_norm(flow: Flow, node: fx.Node) -> Value:
+    """Normalise over the channels of a group together, which go together: there are fewer groups then, of the same size."""
+    value = flow.axes(node.args[0])
+    given = flow.arguments(node, ["num_groups", "weight", "bias"])
+    reason = f"{flow.named(node)} normalises over it"
+    value = flow.ledger.collapsed(value, range(2, len(value.shape)), reason)
+    value, channels = flow.ledger.along(value, 1, reason)
+    if channels is not None and given["num_groups"] == 1:
+        value, channels = flow.ledger.collapsed(value, [1], reason), None
+    if channels is not None:
+        groups = channels.reshape(given["num_groups"], -1)
+        flow.ledger.tie(groups, groups[:, :1])
+    for read in (given["weight"], given["bias"]):
+        for part in flow.axes(read).parts:
+            if channels is None:
+                flow.ledger.fix(part.labels, "it scales channels that cannot be cut")
+            else:
+                flow.ledger.tie(channels, part.labels)
+    return Axes(flow.shape(node), value.parts)
+
+
 @rule(
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool1d.default, aten.avg_pool2d.default,
     aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default,
@@ -135,7 +157,7 @@ def product(flow: Flow, node: fx.Node) -> Value:
     ]
     met = meet(flow.ledger, sides, shape, reason)
     for part in met.parts:
-        if rank > 3 and part.dims == (1,):
+        if part.dims == ((1,) if rank > 3 else (0,)):  # of three dimensions heads are in the first, within the batch
             flow.ledger.heads.append(part.labels)
     return met
 

@@ -11,21 +11,29 @@ from torch import Tensor, nn
 
 from lrc.errors import TrainError, UsageError
 from lrc.maps import Chain, LinearMap
+from lrc.measure.gates import by_gates, readers
 from lrc.program.dependency import Group, cut_units, find_groups
 from lrc.solvers.lora_guided import guided_entries, guided_gradient, kept_units, normalised, pruned_share
 from lrc.train.recipes.base import Context, Recipe, RecipeOptions, recipe
 
 
 class LoraPruneRecipe(RecipeOptions):
-    """Structured pruning inside training, by adapters and their gradients alone; needs `adapt: lora` before."""
+    """Structured pruning inside training, without gradients of weights; needs `adapt: lora` before."""
 
     type: Literal["loraprune"] = "loraprune"
+    importance: Literal["lora_guided", "taylor"] = Field(
+        default="lora_guided",
+        description="What a unit is scored by: adapters and their gradients alone, which is LoRAPrune, or, exactly, what the "
+        "loss changes by in first order without what the unit gives to its readers, in every row of the batch.",
+    )
     width_kept: float = Field(gt=0, le=1, description="Share of the heads and features of every group that stays.")
     every: int = Field(default=10, ge=1, description="Steps between two prunings.")
     warmup: float = Field(default=0.1, ge=0, lt=1, description="Share of the steps before the first one.")
     cooldown: float = Field(default=0.1, ge=0, lt=1, description="Share of the steps after the last one.")
     ema: float = Field(default=0.9, ge=0, lt=1, description="What of the importance a step keeps.")
-    power: Literal[1, 2] = Field(default=1, description="Of |gradient * weight|: 1 as the authors' code, 2 as their equation.")
+    power: Literal[1, 2] = Field(
+        default=1, description="Of |gradient * weight| (lora_guided): 1 as the authors' code, 2 as their equation."
+    )
     skip_first: float = Field(default=0.1, ge=0, lt=1, description="Share of the groups of a kind, in order, that stay whole.")
     skip_last: int = Field(default=1, ge=0, description="Groups of a kind at the end that stay whole.")
     pauses: ClassVar[bool] = False
@@ -36,7 +44,8 @@ def loraprune(context: Context, options: LoraPruneRecipe) -> Recipe:
     """Return the recipe over the groups that adapted linears alone form. Raises UsageError when there are none.
 
     Source: Zhang et al. (2024), arXiv:2305.18403. Departures: grouped queries go with their key, whole; biases of what is
-    masked go too; the final share is reached in the last pruning, where the authors' code stops short of it.
+    masked go too; the final share is reached in the last pruning, where the authors' code stops short of it. `taylor` is
+    not theirs: it is Molchanov et al. (2019), arXiv:1906.10771, with gates on what is read, as in `prune`.
     """
     factors = {fqn: found for fqn in context.fqns if (found := product_of(context.program.map_of(fqn), context)) is not None}
     groups = find_groups(context.program).groups
@@ -85,9 +94,15 @@ class GuidedPruning(Recipe):
         self.importance = {group.name: torch.zeros(group.units) for group in groups}
         self.masks = {group.name: torch.ones(group.units, dtype=torch.bool) for group in groups}
         self.outputs: dict[str, Tensor] = {}
+        self.changes: dict[str, list[Tensor]] = {}
         writers = {m.slot[1] for group in groups for m in group.members if m.slot[2] == "out" and m.site is not None}
         placed = {id(made): (fqn, made) for fqn in writers for made in self.program.placed(fqn).values()}
         self.hooks = [made.register_forward_hook(self.hook(fqn)) for fqn, made in placed.values()]
+        if options.importance == "taylor":
+            read = dict.fromkeys(fqn for group in groups for fqn, _ in readers(group))
+            self.hooks += [
+                made.register_forward_pre_hook(self.watch(fqn)) for fqn in read for made in self.program.placed(fqn).values()
+            ]
 
     def hook(self, fqn: str) -> Any:
         """Return what sets the outputs of a linear to zero where its units are out."""
@@ -98,11 +113,39 @@ class GuidedPruning(Recipe):
 
         return run
 
+    def watch(self, fqn: str) -> Any:
+        """Return what keeps, of every backward pass, gradients of gates of ones on what a linear reads, (rows, features)."""
+
+        def run(made: LinearMap, inputs: Sequence[Tensor]) -> Any:
+            first, *others = inputs
+            if not first.requires_grad:
+                return None
+            held = first.detach()
+            read: Any = first.view_as(first)  # a view of its own: others that read it have other gradients
+            read.register_hook(lambda grad: self.changes.setdefault(fqn, []).append((held * grad).flatten(0, -2)))
+            return (read, *others)
+
+        return run
+
     @torch.no_grad()
     def graded(self, done: int) -> None:
         """Take the gradients of a step into the importance, unless one of them is not a number."""
+        found = self.guided() if self.options.importance == "lora_guided" else self.gated()
+        for name, scores in found.items():
+            if bool(scores.isfinite().all()):
+                self.importance[name] = self.options.ema * self.importance[name] + (1 - self.options.ema) * scores
+
+    def gated(self) -> dict[str, Tensor]:
+        """Return the scores of a step's units by the gradients of gates."""
+        changes = {fqn: torch.cat(parts) for fqn, parts in self.changes.items()}
+        self.changes = {}
+        groups = [group for group in self.groups.values() if all(fqn in changes for fqn, _ in readers(group))]
+        return {name: normalised(scores).float() for name, scores in by_gates(groups, [changes]).items()}
+
+    def guided(self) -> dict[str, Tensor]:
+        """Return the scores of a step's units by adapters and their gradients."""
         if any(A.grad is None or B.grad is None for A, B in self.factors.values()):
-            return
+            return {}
         sums: dict[tuple[str, str], Tensor] = {}
         for fqn, (A, B) in self.factors.items():
             assert A.grad is not None, "checked above"
@@ -111,13 +154,12 @@ class GuidedPruning(Recipe):
                 self.program.map_of(fqn).matrix(), guided_gradient(A, B, A.grad, B.grad), self.options.power
             )
             sums[fqn, "out"], sums[fqn, "in"] = entries.sum(1).cpu(), entries.sum(0).cpu()
+        scores: dict[str, Tensor] = {}
         for name, group in self.groups.items():
-            found = torch.zeros(group.units)
-            for member in group.members:
-                if member.site is not None:
-                    found += normalised(sums[member.site, member.slot[2]][torch.from_numpy(member.index)].sum(1))
-            if bool(found.isfinite().all()):
-                self.importance[name] = self.options.ema * self.importance[name] + (1 - self.options.ema) * found
+            sides = [(m.site, m) for m in group.members if m.site is not None]
+            parts = [normalised(sums[fqn, m.slot[2]][torch.from_numpy(m.index)].sum(1)) for fqn, m in sides]
+            scores[name] = torch.stack(parts).sum(0)
+        return scores
 
     def after(self, done: int) -> None:
         """Mask more units where it is time to."""

@@ -1,17 +1,17 @@
 """How much every unit of a group matters: the scores of its entries, summed, or what the loss changes by without it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lrc.errors import DataError
 from lrc.measure import digest
-from lrc.measure.gates import gate_gradients
+from lrc.measure.gates import by_gates, gate_gradients, readers
 from lrc.measure.gradients import settled_loss
 from lrc.program import Program
+from lrc.program.batch_norms import norm_node
 from lrc.program.dependency import Group
-from lrc.program.dependency.labels import Array
 from lrc.run import Session
 from lrc.solvers import Moments
 from lrc.solvers.scores import SCORES, Score
@@ -24,7 +24,7 @@ def unit_scores(program: Program, session: Session, groups: Sequence[Group], cri
     score = SCORES[criterion]
     measured = score.entries is None or score.needs
     key = digest(
-        "units-3", program.digest(), criterion, [group.name for group in groups], list(session.batches) if measured else [],
+        "units-4", program.digest(), criterion, [group.name for group in groups], list(session.batches) if measured else [],
         session.seed if measured else 0, torch.__version__, torch.get_num_threads(),
     )  # fmt: skip
     stored = session.cache.get(key)
@@ -34,36 +34,24 @@ def unit_scores(program: Program, session: Session, groups: Sequence[Group], cri
         else:
             fqns = [fqn for fqn in program.sites if any(fqn in group.sites for group in groups)]
             summed = _summed(program, session, fqns, score)
-            stored = {group.name: of_units(group, summed, score) for group in groups}
+            normed = {fqn for fqn in fqns if norm_node(program, program.sites[fqn]) is not None}
+            stored = {group.name: of_units(group, summed, score, normed) for group in groups}
         session.cache.put(key, stored)
     return dict(stored)
 
 
-def of_units(group: Group, summed: Summed, score: Score) -> Tensor:
-    """Return the scores of a group's units from the sums over rows and columns of every site."""
-    total = torch.zeros(group.units, dtype=torch.float64)
-    for member in group.members:
-        if member.site is not None and member.slot[2] in score.sides:
-            total += summed[member.site, member.slot[2]][torch.from_numpy(member.index)].sum(1)
-    return total
+def of_units(group: Group, summed: Summed, score: Score, normed: Collection[str] = ()) -> Tensor:
+    """Return the scores of a group's units from the sums over rows and columns of every site.
 
-
-def by_gates(groups: Sequence[Group], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the sums over all rows of the squares of what the loss changes by, in first order, without a unit in that row.
-
-    batches: gradients of gates, (rows, channels) by site. The sites that read a unit act together where they have the same
-    rows; over others (images here, positions there) squares are added.
+    normed: sites that a batch norm follows. What it makes of a row is the same whatever the length of the row, so that rows of
+    these do not count where anything else of the group does.
     """
-    totals = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
-    for gradients in batches:
-        for group in groups:
-            changes: dict[int, Tensor] = {}
-            for fqn, index in readers(group):
-                found = gradients[fqn].double()[:, torch.from_numpy(index)].sum(-1).cpu()
-                changes[len(found)] = changes.get(len(found), 0) + found
-            for change in changes.values():
-                totals[group.name] += change.square().sum(0)
-    return totals
+    counted = [m for m in group.members if m.site is not None and m.slot[2] in score.sides]
+    scaled = [m for m in counted if m.slot[2] == "in" or m.slot[1] not in normed] or counted
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for member in scaled:
+        total += summed[member.slot[1], member.slot[2]][torch.from_numpy(member.index)].sum(1)
+    return total
 
 
 def sums_of(entries: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
@@ -77,11 +65,6 @@ def channels_of(program: Program, fqn: str) -> int:
     site = program.sites[fqn]
     kernel = getattr(site.layout, "kernel", ())
     return site.in_features // int(torch.Size(kernel).numel())
-
-
-def readers(group: Group) -> list[tuple[str, Array]]:
-    """Return the sites that read a group's units, and where."""
-    return [(m.slot[1], m.index) for m in group.members if m.site is not None and m.slot[2] == "in"]
 
 
 def _summed(program: Program, session: Session, fqns: Sequence[str], score: Score) -> Summed:
