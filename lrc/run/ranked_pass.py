@@ -39,7 +39,7 @@ SHARED_RANK = (
     "weighs them by the loss, `modular` takes features of each"
 )
 MULTIPLIED_OUT = (
-    "multiplied out where it runs by torch's or ONNX Runtime's own operator: smaller, and about as fast as the dense layer"
+    "multiplied out where it runs by torch's or ONNX Runtime's own operator: smaller, and not faster than the dense layer"
 )
 LOOPED = "runs as a loop over time, each step in factors: that need not be faster than torch's own operator"
 
