@@ -17,6 +17,7 @@ from lrc.lower.decoder import CachedDecoder, wants_cache
 from lrc.lower.onnx_adapters import BESIDE, ListedInputs, WithAdapters, adapter_tensors, save_beside
 from lrc.lower.onnx_experts import expert_translations
 from lrc.lower.onnx_packed import PackedNodes
+from lrc.lower.recurrent import with_operators
 from lrc.lower.transposes import share_transposes
 from lrc.maps import computed_by
 from lrc.program import Program
@@ -127,7 +128,7 @@ def lowered(program: Program, cached: bool, opset: int, as_inputs: bool = False)
             module = CachedDecoder(program)
             given = module.export_arguments(program.inputs.examples)
         else:
-            module = program.export()
+            module = with_operators(program).export()
             given = {"args": (), "kwargs": dict(program.inputs.examples), "output_names": output_names(program)}
         if as_inputs:
             module, given = with_adapters(program, module, given)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lrc.maps import LinearMap
+from lrc.maps.fused_recurrence import Held, fused, is_small, stands
 from lrc.maps.recurrence import Cell, Kind
 
 WEIGHT = re.compile(r"weight_([ih]h_l\d+(?:_reverse)?)")  # of the inputs, or of the hidden states
@@ -19,7 +20,8 @@ KINDS: dict[str, Kind] = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "tanh", "RNN
 class _Mapped(nn.RNNBase):
     """The recurrent layers of a module that it takes the place of, with the same arguments, parameters and results.
 
-    Maps stand under the names of the weights that they took the place of, with their biases. Time is a loop in Python.
+    Maps stand under the names of the weights that they took the place of, with their biases. A small hidden states' weight
+    is multiplied out for torch's own operator; else, in training and for packed sequences, time is a loop in Python.
     """
 
     @classmethod
@@ -95,10 +97,14 @@ class _Mapped(nn.RNNBase):
                 cell = Cell(KINDS[self.mode], batch_first, bool(back))
                 memory = start[1][place] if len(start) > 1 else None
                 projection = getattr(self, f"weight_hr_{name}", None)
-                apply = partial(self._times, f"hh_{name}")
-                y, hidden, memory = cell.run(
-                    apply, self._times(f"ih_{name}", x), start[0][place], memory, projection, running=running
-                )
+                inputs, states = self._held(f"ih_{name}"), self._held(f"hh_{name}")
+                if running is None and projection is None and stands(inputs) and is_small(states):
+                    y, hidden, memory = fused(cell, x, inputs, states, start[0][place], memory)
+                else:
+                    gates = times(inputs, x)
+                    y, hidden, memory = cell.run(
+                        partial(times, states), gates, start[0][place], memory, projection, running=running
+                    )
                 given.append(y)
                 ends[0].append(hidden)
                 if memory is not None:
@@ -109,11 +115,16 @@ class _Mapped(nn.RNNBase):
                 x = F.dropout(x, self.dropout, self.training)
         return x, [torch.stack(end) for end in ends]
 
-    def _times(self, name: str, x: Tensor) -> Tensor:
-        """Apply the weight of a name, or the map in its place."""
+    def _held(self, name: str) -> Held:
+        """Return the map of a name, or the weight there and its bias."""
         held: Any = getattr(self, f"weight_{name}")
-        made: Tensor = held(x) if isinstance(held, nn.Module) else F.linear(x, held, getattr(self, f"bias_{name}", None))
-        return made
+        return held if isinstance(held, LinearMap) else (held, getattr(self, f"bias_{name}", None))
+
+
+def times(held: Held, x: Tensor) -> Tensor:
+    """Apply a map, or a weight and its bias."""
+    made: Tensor = held(x) if isinstance(held, LinearMap) else F.linear(x, *held)
+    return made
 
 
 class MappedLSTM(_Mapped, nn.LSTM):

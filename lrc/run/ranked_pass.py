@@ -4,11 +4,13 @@ Planning has the weights decomposed and asks the rank policy; applying calls the
 stored decompositions, or one group after the other behind the compressed ones.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lrc.forms import forms_of, kernel_form
+from lrc.maps.fused_recurrence import SMALL
 from lrc.program import Program, Site
 from lrc.program.absorb import absorb_permutations
 from lrc.program.modules import fused_linears
@@ -36,6 +38,10 @@ SHARED_RANK = (
     "one factorisation for queries, keys and values, in which those of the largest numbers count most: the solver `kfac` "
     "weighs them by the loss, `modular` takes features of each"
 )
+MULTIPLIED_OUT = (
+    "multiplied out where it runs by torch's or ONNX Runtime's own operator: smaller, and about as fast as the dense layer"
+)
+LOOPED = "runs as a loop over time, each step in factors: that need not be faster than torch's own operator"
 
 
 class RankedSitePass(SitePass):
@@ -79,6 +85,9 @@ class RankedSitePass(SitePass):
                     made = self.decide(made, program.sites[chosen.fqn], of_sites[chosen.fqn], curves[chosen.fqn], terms)
                     if chosen.fqn in shared_rank and made.keep is None:
                         made = replace(made, notes=(*made.notes, SHARED_RANK))
+                    if program.sites[chosen.fqn].looped and made.keep is None:
+                        small = math.prod(program.sites[chosen.fqn].shape) <= SMALL
+                        made = replace(made, notes=(*made.notes, MULTIPLIED_OUT if small else LOOPED))
                 decisions.append(with_latency(options, curves, made))
             return sorted(decisions, key=lambda d: places[d.sites[0]])
 

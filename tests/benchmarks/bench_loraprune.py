@@ -12,7 +12,7 @@ recipe `loraprune` prunes while it trains, by its authors' schedule, `early` (wi
 
 --memory: a random Llama with 57 million parameters in its linears, one text of 64 tokens, a process for every way. The peak of
 the resident set over one backward pass of LoRA (rank 8) and the scores, less what was resident before: without scores, with
-those of LoRAPrune, and with those of the gradients of the weights themselves.
+those of LoRAPrune, with `taylor`, and with those of the gradients of the weights themselves.
 """
 
 import argparse
@@ -109,18 +109,20 @@ def peak_of(way: str) -> dict[str, int]:
     fqns = [fqn for fqn in program.sites if ".layers." in fqn]
     parameters = {name: p for name, p in program.graph_module.named_parameters() if p.requires_grad}
     context = Context(program, fqns, parameters, (), torch.optim.SGD(parameters.values()), 100, 100)
-    recipe: Any = loraprune(context, LoraPruneRecipe(width_kept=0.5, skip_first=0.0, skip_last=0))
+    importance: Any = "taylor" if way == "taylor" else "lora_guided"
+    recipe: Any = loraprune(context, LoraPruneRecipe(importance=importance, width_kept=0.5, skip_first=0.0, skip_last=0))
     weights = [program.map_of(fqn).slots[0] for fqn in fqns]  # type: ignore[attr-defined]
     for weight in weights:
         weight.requires_grad_(way == "gradients")
     program(input_ids=ids)["logits"].sum().backward()  # what is made once, by the first pass, is not counted
     for held in (*parameters.values(), *weights):
         held.grad = None
+    recipe.changes = {}
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     logits = program(input_ids=ids)["logits"]
     torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
-    if way == "loraprune":
+    if way in ("loraprune", "taylor"):
         recipe.graded(0)
     if way == "gradients":
         for weight in weights:
@@ -134,7 +136,7 @@ def memory() -> list[dict[str, Any]]:
     """Run every way in a process of its own."""
     rows = []
     settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is no longer resident
-    for way in ("none", "loraprune", "gradients"):
+    for way in ("none", "loraprune", "taylor", "gradients"):
         command = [sys.executable, __file__, "--peak", way]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=settings)
         found = json.loads(done.stdout.splitlines()[-1])
@@ -151,7 +153,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", help="these alone")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--peak", choices=["none", "loraprune", "gradients"], help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=["none", "loraprune", "taylor", "gradients"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         print(json.dumps(peak_of(options.peak)))

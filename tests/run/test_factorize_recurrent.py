@@ -43,6 +43,8 @@ def test_every_solver_rewrites_both_weights_of_a_layer(solver: Any, compiled: Co
     done = compiled(model, inputs=inputs, calibration=items, targets=["type:GRU"], solver=solver, rank=5)
     assert len(done.program.maps) == 4
     assert done.plan.parameters[1] < 0.8 * done.plan.parameters[0]
+    noted = {d.sites[0]: any(note.startswith("multiplied out where") for note in d.notes) for d in done.plan.decisions}
+    assert noted == {name: "_hh_" in name for name in noted}
     with torch.no_grad():
         expected = done.program(**inputs)["output"]
         assert torch.allclose(done.graft()(**inputs), expected, atol=1e-5)
@@ -70,9 +72,30 @@ def test_the_files_compute_the_same(compiled: Compile, tmp_path: Path) -> None:
         assert torch.allclose(loaded(**inputs)["output"], expected, atol=1e-6)
     path = done.to_onnx(tmp_path / "model.onnx")
     assert torch.allclose(torch.as_tensor(OrtRunner(path)(**inputs)["output"]), expected, atol=1e-5)
-    kinds = [node.op_type for node in onnx.load(path).graph.node]
-    assert kinds.count("Scan") == 2
-    assert "GRU" not in kinds
+    assert kinds_of(path).count("GRU") == 2  # small, so multiplied out
+    assert "Scan" not in kinds_of(path)
+
+
+def kinds_of(path: Path) -> list[str]:
+    """The operators of an ONNX file."""
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["two_factor", "auto"])
+def test_a_large_hidden_weight_is_a_scan_in_onnx_and_one_direction_alone_may_be(
+    form: str, compiled: Compile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs, _ = reader()
+    done = compiled(
+        model, inputs=inputs, targets=["rnn.**"], ignore=["*.weight_hh_l0_reverse"], solver="svd", rank=4, form=form
+    )
+    monkeypatch.setattr("lrc.maps.fused_recurrence.SMALL", 100)  # the dense one is none of factors
+    path = done.to_onnx(tmp_path / "model.onnx")
+    assert (kinds_of(path).count("Scan"), kinds_of(path).count("GRU")) == (1, 1)
+    with torch.no_grad():
+        expected = done.program(**inputs)["output"]
+    assert torch.allclose(torch.as_tensor(OrtRunner(path)(**inputs)["output"]), expected, atol=1e-5)
 
 
 def test_a_budget_of_time_refuses_what_is_timed_step_by_step(compiled: Compile) -> None:
