@@ -43,6 +43,10 @@ class PassOptions(Tagged):
         """Return the data files of the pass by the names of their options."""
         return {}
 
+    def within(self) -> Sequence["PassOptions"]:
+        """Return the passes that run in the midst of this one, in order."""
+        return ()
+
     def obstacle_at(self, site: Site) -> str | None:
         """Return why the pass can do nothing at a site, or None: that its layout has no products, where no map stands yet."""
         return None if site.fqn in site.program.maps else site.layout.obstacle()

@@ -28,10 +28,11 @@ def make_plan(program: Program, passes: Sequence[Any], session: Session) -> Plan
     before = program.size()
     decisions: list[Decision] = []
     saved = (0, 0)
-    for index, options in enumerate(passes):
+    steps = [(index, step) for index, options in enumerate(passes) for step in (options, *options.within())]
+    for index, options in steps:
         made = pass_for(options)
         decided = list(made.plan(twin, session, options, index))
-        last = index == len(passes) - 1
+        last = options is steps[-1][1]
         if not options.structural:
             if not last:
                 session.notices.append(f"passes after `{options.type}` are planned on the values before it")

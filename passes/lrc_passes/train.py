@@ -26,7 +26,7 @@ from lrc.train.optim.adamw import AdamWOptions
 from lrc.train.recipes import RecipeOptions
 from lrc.train.schedule import Schedule, ScheduleField
 from lrc.train.select import Which, trained_names
-from lrc_passes.train_during import DuringField, carried_out, check_during, planned, stretches
+from lrc_passes.train_during import DuringField, carried_out, check_during, stretches, within
 from lrc_passes.train_memory import predict
 from lrc_passes.train_part import Training
 from lrc_passes.train_run import Runs
@@ -130,10 +130,13 @@ class Train(PassOptions):
             found |= {"validation": dataset} if dataset else {}
         others = getattr(self.recipe, "data", None)
         found |= {} if others is None else {"recipe": others.dataset}
-        inner = [options for entry in self.during for options in entry.passes]
         return found | {
-            f"during.{i}.{key}": name for i, one in enumerate(inner) for key, name in getattr(one, "datasets", dict)().items()
+            f"during.{i}.{key}": name for i, one in enumerate(self.within()) for key, name in one.datasets().items()
         }
+
+    def within(self) -> list[PassOptions]:
+        """Return the passes that run meanwhile, as often as they do."""
+        return within(self.during)
 
 
 @program_pass(Train)
@@ -141,21 +144,14 @@ class TrainPass:
     """Plan what is trained; apply trains it."""
 
     def plan(self, program: Program, session: Session, options: Train, index: int) -> Sequence[Decision]:
-        """Return a decision for every site with trained numbers, and those of the passes that run meanwhile.
-
-        Raises UsageError when there is nothing to train.
-        """
-        return [*self.plan_bare(program, session, options, index), *planned(program, session, options.during, index)]
-
-    def plan_bare(self, program: Program, session: Session, options: Train, index: int) -> Sequence[Decision]:
-        """Return the decisions of the trained sites alone."""
+        """Return a decision for every site with trained numbers. Raises UsageError when there is nothing to train."""
         chosen = chosen_sites(program, session, options, index)
         check_shares(options, session.where(index))
         check_during(options, session.where(index))
         everything = trained_names(program, list(chosen), options.parameters, options.also, session.where(index))
         names = set(everything)
         tensors = program.tensors()
-        decisions: list[Decision] = []
+        decisions = []
         for fqn, site in program.sites.items():
             mine = {n for n in names if n.startswith(tuple(f"{use.module}." for use in site.uses))}
             if fqn not in program.maps:
@@ -176,14 +172,14 @@ class TrainPass:
         """Train in stretches, with the passes that run between them."""
         index = decisions[0].index if decisions else 0
         training = Training.of(program, session, options, index)
-        trained, made = [d.sites[0] for d in decisions if d.type == options.type], list[Decision]()
+        trained, made = [d.sites[0] for d in decisions], list[Decision]()
         for stretch in stretches(options.during, training.settings.steps):
             fqns = list(chosen_sites(program, session, options, index))
             names = trained_names(program, fqns, options.parameters, options.also, session.where(index))
             training.run(stretch.part, [fqn for fqn in trained if fqn in program.sites], names)
             made += carried_out(program, session, stretch.passes, index, stretch.part.end)
         after = {fqn: summarize(program.map_of(fqn)) for fqn in trained if fqn in program.sites}
-        return [*(replace(d, after=after.get(d.sites[0], d.after)) for d in decisions if d.type == options.type), *made]
+        return [*(replace(d, after=after.get(d.sites[0], d.after)) for d in decisions), *made]
 
 
 def chosen_sites(program: Program, session: Session, options: Train, index: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Passes that run while a `train` goes on: after which step, and what is planned of them before it starts."""
+"""Passes that run while a `train` goes on: which of them, and after which step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from lrc.spec.registry import PASSES, Registered
 from lrc.train.distributed import world
 from lrc.train.settings import Part
 
+PLANNED = 1_000_000  # steps of a run whose length is not known yet
 Share = Annotated[float, Field(gt=0, lt=1)]
 Inner = Annotated[SpecModel, Registered(PASSES, without=("train",))]
 
@@ -69,6 +70,11 @@ def stretches(during: Sequence[During], steps: int) -> list[Stretch]:
     ]
 
 
+def within(during: Sequence[During]) -> list[PassOptions]:
+    """Return the passes in the order in which they run, as often as they do."""
+    return [options for stretch in stretches(during, PLANNED) for options in stretch.passes]
+
+
 def check_during(options: Any, where: str) -> None:
     """Raise UsageError for what cannot be stopped on the way."""
     if not options.during:
@@ -80,17 +86,6 @@ def check_during(options: Any, where: str) -> None:
         )  # fmt: skip
     if options.distributed == "fsdp2" and world().size > 1:
         raise UsageError(where, message="`during` wants whole parameters", hint="Set `distributed: ddp`")
-
-
-def planned(program: Program, session: Session, during: Sequence[During], index: int) -> list[Decision]:
-    """Return what the passes would do to the values from before training; `program` is not changed."""
-    twin, made = program.clone(), list[Decision]()
-    for stretch in stretches(during, 1000):
-        for options in stretch.passes:
-            half = pass_for(options)
-            decisions = half.plan(twin, session, options, index)
-            made += half.apply(twin, session, options, decisions)
-    return [replace(d, notes=(*d.notes, "while it is trained; planned on the values before")) for d in made]
 
 
 def carried_out(program: Program, session: Session, passes: Sequence[Any], index: int, done: int) -> Iterator[Decision]:

@@ -80,9 +80,9 @@ class Training:
         if isinstance(parallel, Sharded):
             runs, parameters = replace(runs, student=parallel.student), parallel.parameters
             parallel.losses = runs.loss
-        moved = parameters if options.recipe is None else options.recipe.moved(parameters, options.seed)
+        moved = parameters if options.recipe is None else options.recipe.moved(parameters, options.seed + part.first)
         optimizer = optimizer_of(options, as_trained(moved, runs.gates, options.lr_factors))
-        self.give(optimizer, moved)
+        self.give(optimizer, parameters)
         read = partial(examples_of, program, session, options)
         basis = Own(runs.student, runs.loss, self.examples, options.batch_size, read)
         recipe = recipe_of(options, runs, parameters, moved, optimizer, settings, basis)
@@ -95,7 +95,7 @@ class Training:
             report=lambda done, total: session.progress("train", done, total),
         )  # fmt: skip
         self.history = loop.run()
-        self.take(optimizer, moved)
+        self.take(optimizer, parameters)
         session.notices += [f"train: {note}" for note in (recipe.finish() if part.final else recipe.pause())]
         found = record(options, names, parameters, self.history, loop) | {"memory": measured(runs, loop, self.index)}
         self.record = found if part.first == 0 else found | {"memory": self.record["memory"]}
@@ -103,15 +103,15 @@ class Training:
             session.training.append(self.record)
             session.notices.append(f"train: {told(loop, self.history)}")
 
-    def take(self, optimizer: Optimizer, moved: Mapping[str, Tensor]) -> None:
-        """Remember the optimizer's states."""
+    def take(self, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+        """Remember the optimizer's states; what a recipe moves in place of parameters is made anew for every part."""
         kept = {p: state for one in parts_of(optimizer) for p, state in one.state.items()}
-        self.states = {name: (p.shape, kept[p]) for name, p in moved.items() if p in kept}
+        self.states = {name: (p.shape, kept[p]) for name, p in parameters.items() if p in kept}
 
-    def give(self, optimizer: Optimizer, moved: Mapping[str, Tensor]) -> None:
+    def give(self, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
         """Let an optimizer go on with the remembered states; that of a parameter whose shape has changed begins anew."""
         owners = {id(p): one for one in parts_of(optimizer) for group in one.param_groups for p in group["params"]}
-        for name, p in moved.items():
+        for name, p in parameters.items():
             shape, state = self.states.get(name, (None, None))
             if shape == p.shape:
                 owners[id(p)].state[p] = state

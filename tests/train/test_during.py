@@ -83,7 +83,8 @@ def test_the_plan_tells_what_will_run_and_changes_nothing(tmp_path: Path) -> Non
     pruned = [d for d in plan.decisions if d.type == "prune"]
     assert len(pruned) == 3
     assert all(d.after.parameters < d.before.parameters for d in pruned)
-    assert all("while it is trained; planned on the values before" in d.notes for d in pruned)
+    assert "passes after `train` are planned on the values before it" in plan.notes
+    assert plan.parameters == compiled(tmp_path, SQUEEZE, train(during=[RANKS])).plan.parameters
 
 
 def test_widths_fall_in_stages_to_what_one_cut_leaves(tmp_path: Path) -> None:
