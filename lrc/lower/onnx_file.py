@@ -1,7 +1,6 @@
 """The ONNX file: torch's own exporter, dynamic sizes, external data for large weights, nothing of this machine in it."""
 
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from lrc.errors import LowerError, LrcError, UsageError
 from lrc.lower.base import ExportOptions, Written, exporter
 from lrc.lower.decoder import CachedDecoder, wants_cache
 from lrc.lower.onnx_adapters import BESIDE, ListedInputs, WithAdapters, adapter_tensors, save_beside
+from lrc.lower.onnx_edits import clean, expand_rotations, name_sizes, name_ties, widen
 from lrc.lower.onnx_experts import expert_translations
 from lrc.lower.onnx_packed import PackedNodes
 from lrc.lower.recurrent import with_operators
@@ -196,99 +196,6 @@ def output_names(program: Program) -> list[str]:
     """Return the names of the program's outputs, in order."""
     output = next(node for node in program.graph_module.graph.nodes if node.op == "output")
     return list(output.args[0])
-
-
-def clean(model: Any) -> None:
-    """Remove what tells of the machine and the code that made the file: stack traces, paths, notes of the exporter."""
-    model.producer_name, model.producer_version, model.doc_string = "lrc", "", ""
-    del model.metadata_props[:]
-    for graph in graphs_of(model):
-        graph.doc_string = ""
-        del graph.metadata_props[:]
-        for value in [*graph.node, *getattr(graph, "initializer", ()), *graph.value_info, *graph.input, *graph.output]:
-            if isinstance(value, str):  # inputs of a function
-                continue
-            value.doc_string = ""
-            del value.metadata_props[:]
-
-
-def name_sizes(model: Any, program: Program) -> None:
-    """Call the dynamic sizes as the program calls them (`batch`, `sequence`), where torch.export has made up names."""
-    names: dict[str, str] = {}
-    for value in model.graph.input:
-        sizes = value.type.tensor_type.shape.dim
-        names |= {sizes[dim].dim_param: name for dim, name in program.inputs.dynamic.get(value.name, {}).items()}
-    for graph in graphs_of(model):
-        for value in [*graph.value_info, *graph.input, *graph.output]:
-            if not isinstance(value, str):
-                for size in (size for size in value.type.tensor_type.shape.dim if size.dim_param):  # setting one unfixes it
-                    size.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.dim_param)
-
-
-def expand_rotations(model: Any) -> None:
-    """Give every text its own cosines and sines: ONNX Runtime's RotaryEmbedding refuses those of one for a whole batch."""
-    from onnx import TensorProto, helper
-
-    nodes, made = list(model.graph.node), []
-    for place, node in enumerate(nodes):
-        if node.op_type == "RotaryEmbedding" and len(node.input) == 3:  # with positions as a fourth input they are tables
-            batch, shape = f"rotary_{place}_batch", f"rotary_{place}_shape"
-            made.append(helper.make_node("Shape", [node.input[0]], [batch], start=0, end=1))
-            made.append(helper.make_node("Pad", [batch, "rotary_pads", "rotary_one"], [shape]))
-            for i in (1, 2):
-                expanded = f"rotary_{place}_{i}"
-                made.append(helper.make_node("Expand", [node.input[i], shape], [expanded]))
-                node.input[i] = expanded
-        made.append(node)
-    if len(made) > len(nodes):
-        for name, values in (("rotary_pads", [0, 2]), ("rotary_one", [1])):
-            dims = [len(values)] if name == "rotary_pads" else []
-            model.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, dims, values))
-        del model.graph.node[:]
-        model.graph.node.extend(made)
-
-
-def name_ties(model: Any, program: Program) -> None:
-    """Call a tied weight by the first of its names, as the program does; torch.export keeps the last of a module's."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    first = {name: program.names.canonical.get(name, name) for name in stored}
-    names = {name: other for name, other in first.items() if other not in stored}
-    for tensor in model.graph.initializer:
-        tensor.name = names.get(tensor.name, tensor.name)
-    for graph in graphs_of(model):
-        for node in graph.node:
-            node.input[:] = [names.get(name, name) for name in node.input]
-        for value in graph.value_info:
-            value.name = names.get(value.name, value.name)
-
-
-def widen(model: Any) -> bool:
-    """Turn every bfloat16 of a file into float32, which holds the same numbers. Returns whether there was one."""
-    from onnx import TensorProto, numpy_helper
-
-    found = False
-    for graph in graphs_of(model):
-        attributes = [attribute for node in graph.node for attribute in node.attribute]
-        for tensor in [*getattr(graph, "initializer", ()), *(a.t for a in attributes if a.HasField("t"))]:
-            if tensor.data_type == TensorProto.BFLOAT16:
-                found = True
-                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float32"), tensor.name))
-        for attribute in attributes:
-            if attribute.name in ("to", "dtype") and attribute.i == TensorProto.BFLOAT16:
-                found, attribute.i = True, TensorProto.FLOAT
-        for value in [*graph.value_info, *graph.input, *graph.output]:
-            if not isinstance(value, str) and value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
-                found, value.type.tensor_type.elem_type = True, TensorProto.FLOAT
-    return found
-
-
-def graphs_of(model: Any) -> Iterator[Any]:
-    """Yield every graph and function of a file, those inside of nodes too."""
-    graphs = [model.graph, *model.functions]
-    while graphs:
-        graph = graphs.pop()
-        yield graph
-        graphs += [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
 
 
 def _need_onnx() -> Any:
