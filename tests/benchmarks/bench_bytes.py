@@ -32,6 +32,7 @@ import lrc
 from lrc.report.svg import Axis, Series, chart
 
 Steps = list[dict[str, Any]]
+HUGE = 30.0
 LOW: dict[str, Any] = {"rank": {"fraction": 0.0834}}
 FACTORIZE: dict[str, Any] = {"type": "factorize", "solver": {"type": "kfac"}}
 WHITENED: dict[str, Any] = {"type": "factorize", "solver": {"type": "whitened", "center": False}, "form": "two_factor"}
@@ -150,16 +151,19 @@ def auto(kept: float) -> Steps:
 
 
 def plot(model: str, rows: list[dict[str, Any]], ways: Sequence[str]) -> str:
-    """Return the chart of mean quality against size."""
-    dense = [row["quality"] for row in rows if row["way"] == "dense"]
+    """Return the chart of mean quality against size. A perplexity of more than HUGE times the dense one is left out."""
+    dense = next(row["quality"] for row in rows if row["way"] == "dense")
     means = {way: mean_of(rows, way) for way in dict.fromkeys(row["way"] for row in rows) if way != "dense"}
+    out = [] if model == "minilm" else [way for way, mean in means.items() if mean["quality"] > HUGE * dense]
+    means = {way: mean for way, mean in means.items() if way not in out}
     series = [Series("auto", sorted((m["mb"], m["quality"]) for way, m in means.items() if way.startswith("auto")))]
     for family in dict.fromkeys(map(family_of, ways)):
         members = [way for way in ways if family_of(way) == family and way in means]
         points = [(means[way]["mb"], means[way]["quality"]) for way in members]
         series.append(Series(family, points, line=False, labels=members))
     name = "Spearman on STS-B dev" if model == "minilm" else "perplexity"
-    title = f"{model}: {name} against the size of its blocks' linears; dense {dense[0]}"
+    title = f"{model}: {name} against the size of its blocks' linears; dense {dense}"
+    title += f"; off the chart: {', '.join(out)}" if out else ""
     return chart(series, Axis("MB", log=True), Axis(name, log=model != "minilm"), title, alone=True)
 
 
