@@ -1,5 +1,6 @@
 """Rules of operators that compute: entry by entry, over a dimension, by the weights of a site, by attention."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,17 +87,22 @@ def layer_norm(flow: Flow, node: fx.Node) -> Value:
     return Axes(flow.shape(node), flow.ledger.collapsed(value, dims, f"{flow.named(node)} normalises over it").parts)
 
 
-@rule(aten.batch_norm.default)
-def batch_norm(flow: Flow, node: fx.Node) -> Value:
-    """Normalise every channel alone; its stored numbers go with it."""
-    value = flow.axes(node.args[0])
-    value, channels = flow.ledger.along(value, 1, f"{flow.named(node)} normalises it by channels")
-    for read in node.args[1:5]:
+def follow(flow: Flow, reads: Sequence[Any], channels: Array | None) -> None:
+    """Let stored numbers of channels go with them, or stay where no channel can go (None)."""
+    for read in reads:
         for part in flow.axes(read).parts:
             if channels is None:
                 flow.ledger.fix(part.labels, "it scales channels that cannot be cut")
             else:
                 flow.ledger.tie(channels, part.labels)
+
+
+@rule(aten.batch_norm.default)
+def batch_norm(flow: Flow, node: fx.Node) -> Value:
+    """Normalise every channel alone; its stored numbers go with it."""
+    value = flow.axes(node.args[0])
+    value, channels = flow.ledger.along(value, 1, f"{flow.named(node)} normalises it by channels")
+    follow(flow, node.args[1:5], channels)
     return Axes(flow.shape(node), value.parts)
 
 
@@ -113,12 +119,7 @@ def group_norm(flow: Flow, node: fx.Node) -> Value:
     if channels is not None:
         groups = channels.reshape(given["num_groups"], -1)
         flow.ledger.tie(groups, groups[:, :1])
-    for read in (given["weight"], given["bias"]):
-        for part in flow.axes(read).parts:
-            if channels is None:
-                flow.ledger.fix(part.labels, "it scales channels that cannot be cut")
-            else:
-                flow.ledger.tie(channels, part.labels)
+    follow(flow, [given["weight"], given["bias"]], channels)
     return Axes(flow.shape(node), value.parts)
 
 
