@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from lrc.program.absorb import SILENT, aten, find_region
-from lrc.program.labels import SDPA, Probe
+from lrc.program.heads import SDPA, Probe
 from lrc.program.program import Program
 from lrc.program.sites import Site
 from lrc.solvers.groups import fused_rows

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from lrc.maps import Activation, Chain, Dense, LinearMap
+from lrc.maps import ACTIVATIONS, Activation, Chain, Dense, LinearMap
 from lrc.program import Site
 from lrc.run import Keep, PassOptions, Rewrite, Statistics, site_pass
 
@@ -22,7 +22,7 @@ class Activate(PassOptions):
     """Put an activation between the two factors of every product of two matrices."""
 
     type: Literal["activate"] = "activate"
-    function: Literal["relu", "gelu", "gelu_new", "silu", "tanh"] = Field(
+    function: Literal[*ACTIVATIONS] = Field(  # type: ignore[valid-type]  # the list of functions is one mapping
         default="relu", description="What every number between the factors goes through."
     )
 

@@ -26,7 +26,7 @@ from lrc.train.optim.adamw import AdamWOptions
 from lrc.train.recipes import RecipeOptions
 from lrc.train.schedule import Schedule, ScheduleField
 from lrc.train.select import Which, trained_names
-from lrc_passes.train_during import DuringField, carried_out, check_during, stretches, within
+from lrc_passes.train_during import DuringField, carried_out, check_during, in_order, stretches
 from lrc_passes.train_memory import predict
 from lrc_passes.train_part import Training
 from lrc_passes.train_run import Runs
@@ -136,7 +136,7 @@ class Train(PassOptions):
 
     def within(self) -> list[PassOptions]:
         """Return the passes that run meanwhile, as often as they do."""
-        return within(self.during)
+        return [options for _, options in in_order(self.during)]
 
 
 @program_pass(Train)

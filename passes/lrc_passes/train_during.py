@@ -15,9 +15,8 @@ from lrc.spec.registry import PASSES, Registered
 from lrc.train.distributed import world
 from lrc.train.settings import Part
 
-PLANNED = 1_000_000  # steps of a run whose length is not known yet
 Share = Annotated[float, Field(gt=0, lt=1)]
-Inner = Annotated[SpecModel, Registered(PASSES, without=("train",))]
+Inner = Annotated[PassOptions, Registered(PASSES, without=("train",))]
 
 
 class During(SpecModel):
@@ -52,15 +51,20 @@ class Stretch:
     """Steps that are trained at once, and the passes that run after them."""
 
     part: Part
-    passes: tuple[Any, ...] = ()
+    passes: tuple[PassOptions, ...] = ()
+
+
+def in_order(during: Sequence[During]) -> list[tuple[float, PassOptions]]:
+    """Return the passes in the order in which they run, as often as they do, each with its share of the steps."""
+    found = [(share, options) for entry in during for share in entry.shares for options in entry.passes]
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def stretches(during: Sequence[During], steps: int) -> list[Stretch]:
     """Return the run in stretches. Raises UsageError where it has too few steps for a pass to run in its midst."""
-    at: dict[int, list[Any]] = {}
-    for entry in during:
-        for share in entry.shares:
-            at.setdefault(min(max(1, round(share * steps)), steps - 1), []).extend(entry.passes)
+    at: dict[int, list[PassOptions]] = {}
+    for share, options in in_order(during):
+        at.setdefault(min(max(1, round(share * steps)), steps - 1), []).append(options)
     if 0 in at:
         raise UsageError("train.during", expected="two steps at least, for passes to run between", got=str(steps))
     ends = [*sorted(at), steps]
@@ -68,11 +72,6 @@ def stretches(during: Sequence[During], steps: int) -> list[Stretch]:
         Stretch(Part(first, end, final=end == steps), tuple(at.get(end, ())))
         for first, end in zip([0, *ends[:-1]], ends, strict=True)
     ]
-
-
-def within(during: Sequence[During]) -> list[PassOptions]:
-    """Return the passes in the order in which they run, as often as they do."""
-    return [options for stretch in stretches(during, PLANNED) for options in stretch.passes]
 
 
 def check_during(options: Any, where: str) -> None:

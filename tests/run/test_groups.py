@@ -53,6 +53,15 @@ def build(deep_program: Any, data: Path, tmp_path: Path) -> Build:
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
+def assert_generates(done: lrc.Compiled, tokens: int) -> None:
+    """The grafted model computes what the program does, and generates the same with its cache and without."""
+    model = done.graft()
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, done.program(input_ids=IDS)["logits"], atol=1e-5)
+    kept, plain = (model.generate(IDS, max_new_tokens=tokens, do_sample=False, use_cache=cache) for cache in (True, False))
+    assert torch.equal(kept, plain)
+
+
 @pytest.mark.parametrize("solver", ["basis_sharing", "modular"])
 @pytest.mark.parametrize("rank", [{"params_kept": 0.6}, {"flops_kept": 0.7}, {"size_mb": 0.075}])
 def test_a_budget_is_kept_and_both_views_agree(solver: str, rank: dict[str, float], build: Build) -> None:
@@ -65,11 +74,7 @@ def test_a_budget_is_kept_and_both_views_agree(solver: str, rank: dict[str, floa
         assert sum(d.after.parameters for d in decided) <= 0.6 * sum(d.before.parameters for d in decided)
     if unit == "size_mb":
         assert done.program.size()[1] <= 75_000
-    model = done.graft()
-    with torch.no_grad():
-        assert torch.allclose(model(IDS).logits, done.program(input_ids=IDS)["logits"], atol=1e-5)
-    kept, plain = (model.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=cache) for cache in (True, False))
-    assert torch.equal(kept, plain)
+    assert_generates(done, 8)
 
 
 def test_a_basis_is_stored_once_in_every_file_and_shared_when_it_is_loaded(deep: Path, data: Path, tmp_path: Path) -> None:
@@ -180,11 +185,7 @@ def test_a_fused_attention_loses_features_and_goes_on_generating(gpt2: Path, dat
     assert 0 < attention.rank < 63
     assert attention.after.parameters < attention.before.parameters
     assert done.plan.parameters[1] == done.program.size()[0]
-    model = done.graft()
-    with torch.no_grad():
-        assert torch.allclose(model(IDS).logits, done.program(input_ids=IDS)["logits"], atol=1e-5)
-    kept, plain = (model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False))
-    assert torch.equal(kept, plain)
+    assert_generates(done, 6)
 
 
 def test_one_factorisation_for_queries_keys_and_values_is_noted(gpt2: Path, data: Path, tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ def test_a_run_is_cut_at_shares_of_its_steps() -> None:
     assert [s.part for s in found] == [Part(0, 25, final=False), Part(25, 50, final=False), Part(50, 100)]
     assert [[p.method.type for p in s.passes] for s in found] == [["ranks"], ["ranks", "structured"], []]
     assert [s.part.end for s in stretches(entries, 2)] == [1, 2]
+    late_first = [During.model_validate({"at": at, "passes": [by]}) for at, by in ((0.6, narrow(0.5)), (0.4, RANKS))]
+    assert [p.method.type for p in stretches(late_first, 2)[0].passes] == [
+        "ranks",
+        "structured",
+    ]  # by their shares
     with pytest.raises(UsageError, match="two steps at least"):
         stretches(entries, 1)
 

@@ -31,7 +31,7 @@ class RecipeOptions(Tagged):
         """Return what the optimizer moves, by name: the trained parameters themselves, where nothing else is said."""
         return parameters
 
-    def held_bytes(self, parameters: Mapping[str, Tensor]) -> int:
+    def held_bytes(self, trained: Mapping[str, Tensor]) -> int:
         """Return the bytes that the recipe keeps beside the parameters."""
         return 0
 

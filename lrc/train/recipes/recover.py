@@ -57,9 +57,9 @@ class RecoverRecipe(RecipeOptions):
             made[f"{name}.V"] = nn.Parameter(drawn(P, self.rank, generator))
         return made
 
-    def held_bytes(self, parameters: Mapping[str, Tensor]) -> int:
+    def held_bytes(self, trained: Mapping[str, Tensor]) -> int:
         """Return the bytes of where matrices start, and of their updates."""
-        found = [parameters[name] for name in self.thin(parameters)]
+        found = [trained[name] for name in self.thin(trained)]
         return sum(P.nbytes + sum(P.shape) * self.rank * P.element_size() for P in found)
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lrc.initialisers import InitialiserOptions
-from lrc.maps import Bottleneck, Chain, Kronecker, LinearMap
+from lrc.maps import ACTIVATIONS, Bottleneck, Chain, Kronecker, LinearMap
 from lrc.program import Site
 from lrc.run import AdapterOptions, Keep, Place, adapter
 from lrc_passes.adapters.parts import biased_base, normal, own_biases
@@ -36,7 +36,7 @@ class Compacter(AdapterOptions):
     rule_std: float | None = Field(
         default=None, gt=0, description="Standard deviation of the slow rule at the start: 1e-4 where it is shared, else 0.01."
     )
-    activation: Literal["gelu_new", "gelu", "relu", "silu", "tanh"] = Field(
+    activation: Literal[*ACTIVATIONS] = Field(  # type: ignore[valid-type]  # the list of functions is one mapping
         default="gelu_new", description="Between the two projections."
     )
     default_alpha: ClassVar[float | None] = None
