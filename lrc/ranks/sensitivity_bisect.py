@@ -43,7 +43,8 @@ def shared_by_sensitivity(sites: Sequence[Candidates], options: SensitivityBisec
     The threshold is the least that fits the budget, found by halving. Source: Yuan et al., ASVD (2023), arXiv:2312.05821,
     section 3.3 (sensitivity-based truncation rank searching). Departures: between measured ratios sensitivities are linear,
     so that the budget is used whole; they never fall as less is kept, as their noise might say. A budget below that of the
-    smallest ratio everywhere is shared equally, with a note.
+    smallest ratio everywhere is shared equally, with a note; and the default ratios reach down to 0.1, where the paper's end at
+    0.4, so that small budgets are decided by measurements too.
     """
     scale = max((value for site in sites for _, value in site.evidence.sensitivity), default=0.0)
     curves = [rising(site.evidence.sensitivity, scale if scale > 0 else 1.0) for site in sites]

@@ -3,18 +3,18 @@
     python tests/benchmarks/bench_bytes.py [--model minilm smollm2 stories260k] [--only nf4 'lq 4' …] [--seeds 3]
         [--auto 0.05 0.0625 …] [--plot bytes.svg] [--table bytes.md] [--no-auto]
 
-MiniLM: Spearman on STS-B; SmolLM2-135M and the stories260k Llama: perplexity. Targets are the linears of all blocks; "mb" is
-what they take, in 10^6 bytes, "share" of what they took. Calibration as in `bench_minilm_quality.py` and `bench_smollm2.py`;
-of stories260k, windows of four stories, scored on the fifth. Another draw for every seed. `auto` is given the bytes of every
-other way that was run (`auto = nf4`), and the shares of `--auto`. The baseline is the dense model. Rows come seed by seed, each
-is printed when it is there and appended to `bytes.jsonl` in the folder of the benchmarks; rows found there are not run again.
-Calibration and what `auto` tries are done once a seed; a way without data (`free`) is the same for every draw, and run once.
+MiniLM: Spearman on STS-B and "drift", how far the embeddings of its sentences went from the dense model's; SmolLM2-135M and
+the stories260k Llama: perplexity. Targets are the linears of all blocks; "mb" is what they take, in 10^6 bytes, "share" of
+what they took. Calibration as in `bench_minilm_quality.py` and `bench_smollm2.py`; of stories260k, windows of four stories,
+scored on the fifth. Another draw for every seed. `auto` is given the bytes of every other way that was run (`auto = nf4`),
+and the shares of `--auto`. The baseline is the dense model. Rows come seed by seed, each is printed when it is there and
+appended to `bytes.jsonl` in the folder of the benchmarks; rows found there are not run again. Calibration and what `auto`
+tries are done once a seed; a way without data (`free`) is the same for every draw, and run once.
 """
 
 import argparse
 import json
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,15 +24,14 @@ from typing import Any
 
 import bench_stories260k
 import torch
-from bench_minilm_quality import LAYERS, score, sentences
+from bench_minilm_quality import LAYERS, Drift, score, sentences
 from bench_smollm2 import perplexity
+from bytes_report import plot, table
 from common import WORK, minilm, shared, show, smollm2
 
 import lrc
-from lrc.report.svg import Axis, Series, chart
 
 Steps = list[dict[str, Any]]
-HUGE = 30.0
 LOW: dict[str, Any] = {"rank": {"fraction": 0.0834}}
 FACTORIZE: dict[str, Any] = {"type": "factorize", "solver": {"type": "kfac"}}
 WHITENED: dict[str, Any] = {"type": "factorize", "solver": {"type": "whitened", "center": False}, "form": "two_factor"}
@@ -94,19 +93,22 @@ class Subject:
     targets: Sequence[str]
     fisher: str
     calibrate: Callable[[int], dict[str, Any]]
-    quality: Callable[[Any], float]
+    scores: Callable[[Any], dict[str, float]]
 
 
 def subject_of(name: str, folder: Path) -> Subject:
     if name == "minilm":
         texts = {"dataset": str(sentences(folder)), "samples": 256, "max_length": 128}
-        return Subject(lrc.capture(str(minilm())), LAYERS, "outputs", lambda seed: {"calibration": texts | {"seed": seed}},
-                       lambda program: round(score(program, "dev"), 4))  # fmt: skip
+        dense = lrc.capture(str(minilm()))
+        drift = Drift(dense, "dev")
+        return Subject(dense, LAYERS, "outputs", lambda seed: {"calibration": texts | {"seed": seed}},
+                       lambda program: {"quality": round(score(program, "dev"), 4),
+                                        "drift": round(drift.of(program), 4)})  # fmt: skip
     if name == "smollm2":
         stream = {"dataset": str(shared("wikitext2/wiki.valid.tokens")), "samples": 32, "max_length": 512, "batch_size": 2}
         return Subject(lrc.capture(str(smollm2())), ["model.layers.**"], "labels",
                        lambda seed: {"calibration": stream | {"seed": seed}},
-                       lambda program: round(perplexity(program), 2))  # fmt: skip
+                       lambda program: {"quality": round(perplexity(program), 2)})  # fmt: skip
     source = shared("stories260k")
     stories = json.loads((source / "tinystories_sample_ids.json").read_text(encoding="utf-8"))
 
@@ -116,7 +118,7 @@ def subject_of(name: str, folder: Path) -> Subject:
         return {"batches": [{"input_ids": torch.tensor([ids[start : start + 256]])} for start in starts]}
 
     return Subject(lrc.capture(str(source)), ["model.layers.**"], "labels", drawn,
-                   lambda program: round(bench_stories260k.perplexity(program, stories[4:]), 3))  # fmt: skip
+                   lambda program: {"quality": round(bench_stories260k.perplexity(program, stories[4:]), 3)})  # fmt: skip
 
 
 def measured(subject: Subject, steps: Steps, seed: int) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def measured(subject: Subject, steps: Steps, seed: int) -> dict[str, Any]:
     first = [d for d in done.plan.decisions if d.index == 0]
     before = sum(d.before.bytes for d in first)
     after = sum(done.program.sites[fqn].map.cost().bytes for d in first for fqn in d.sites)
-    row = {"mb": round(after / 1e6, 4), "share": after / before, "quality": subject.quality(done.program)}
+    row = {"mb": round(after / 1e6, 4), "share": after / before} | subject.scores(done.program)
     if steps[0]["type"] == "auto":
         chosen = [d.form or "kept" for d in first]
         row["options"] = {name: chosen.count(name) for name in sorted(set(chosen))}
@@ -148,52 +150,6 @@ def measured(subject: Subject, steps: Steps, seed: int) -> dict[str, Any]:
 
 def auto(kept: float) -> Steps:
     return [{"type": "auto", "budget": {"bytes_kept": min(1.0, kept)}}]
-
-
-def plot(model: str, rows: list[dict[str, Any]], ways: Sequence[str]) -> str:
-    """Return the chart of mean quality against size. A perplexity of more than HUGE times the dense one is left out."""
-    dense = next(row["quality"] for row in rows if row["way"] == "dense")
-    means = {way: mean_of(rows, way) for way in dict.fromkeys(row["way"] for row in rows) if way != "dense"}
-    out = [] if model == "minilm" else [way for way, mean in means.items() if mean["quality"] > HUGE * dense]
-    means = {way: mean for way, mean in means.items() if way not in out}
-    series = [Series("auto", sorted((m["mb"], m["quality"]) for way, m in means.items() if way.startswith("auto")))]
-    for family in dict.fromkeys(map(family_of, ways)):
-        members = [way for way in ways if family_of(way) == family and way in means]
-        points = [(means[way]["mb"], means[way]["quality"]) for way in members]
-        series.append(Series(family, points, line=False, labels=members))
-    name = "Spearman on STS-B dev" if model == "minilm" else "perplexity"
-    title = f"{model}: {name} against the size of its blocks' linears; dense {dense}"
-    title += f"; off the chart: {', '.join(out)}" if out else ""
-    return chart(series, Axis("MB", log=True), Axis(name, log=model != "minilm"), title, alone=True)
-
-
-def family_of(way: str) -> str:
-    """Return what a way is, as the legend says it: a colour for each."""
-    if "+" in way:
-        return "factorize, then quantize"
-    if "feedback" in way:
-        return "quantize, feedback"
-    families = {"nf": "quantize", "in": "quantize", "lq": "low-rank + quantised", "lo": "low-rank + quantised", "lr": "codes"}
-    return families.get(way[:2], "low-rank + sparse" if way.startswith(("oats", "slim")) else "factorize")
-
-
-def mean_of(rows: list[dict[str, Any]], way: str) -> dict[str, float]:
-    found = [row for row in rows if row["way"] == way]
-    values = [row["quality"] for row in found]
-    spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return {"mb": statistics.mean(row["mb"] for row in found), "quality": statistics.mean(values), "error": spread}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return a line for every way: size, mean quality and its standard error, and `auto` at the same bytes."""
-    lines = ["| way | MB | quality | auto, same bytes |", "|---|---|---|---|"]
-    ways = dict.fromkeys(row["way"] for row in rows)
-    for way in ways:
-        if not way.startswith("auto ="):
-            own, other = mean_of(rows, way), mean_of(rows, f"auto = {way}") if f"auto = {way}" in ways else None
-            said = f"{other['quality']:.4f} ± {other['error']:.4f}" if other else ""
-            lines.append(f"| {way} | {own['mb']:.2f} | {own['quality']:.4f} ± {own['error']:.4f} | {said} |")
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -225,7 +181,13 @@ def main() -> None:
                 if options.table:
                     beside(options.table, model).write_text(table(runner.rows), encoding="utf-8")
     for model, runner in runs.items():
-        show("quality against bytes", runner.rows, model=model, quality="Spearman (minilm), perplexity (others)")
+        show(
+            "quality against bytes",
+            runner.rows,
+            model=model,
+            quality="Spearman (minilm), perplexity (others)",
+            drift="distance of the embeddings from the dense model's, relative",
+        )
 
 
 def beside(path: Path, model: str) -> Path:
@@ -255,7 +217,7 @@ class Rows:
     def dense(self) -> None:
         subject = self.subject
         self.run(
-            "dense", 0, lambda: {"share": 1.0, "mb": dense_mb(subject), "quality": subject.quality(subject.program)}
+            "dense", 0, lambda: {"share": 1.0, "mb": dense_mb(subject)} | subject.scores(subject.program)
         )  # fmt: skip
 
     def way(self, way: str, seed: int) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from common import WORK, minilm, shared, show
 
 import lrc
 from lrc.data import Request
+from lrc.data.files import read_rows
 from lrc.lower.ort import OrtRunner
 from lrc.spec.registry import METRICS
-from lrc.verify.metrics.base import Subject
-from lrc.verify.metrics.spearman import Spearman
+from lrc.verify.metrics.base import Subject, embeddings
+from lrc.verify.metrics.spearman import COLUMNS, Spearman
 
 LAYERS = ["encoder.layer.*.attention.**", "encoder.layer.*.{intermediate,output}.dense"]
 SOLVERS: dict[str, Any] = {
@@ -42,15 +43,31 @@ def sentences(folder: Path) -> Path:
     return path
 
 
-def score(runner: Any, split: str) -> float:
-    request = Request(
+def request(split: str) -> Request:
+    return Request(
         str(shared(f"stsb/stsb-en-{split}.csv")),
         ["input_ids", "token_type_ids", "attention_mask"],
         task="sentence-similarity",
         tokenizer=minilm(),
         batch_size=64,
     )
-    return float(METRICS.get("spearman")(Subject(runner, request), Spearman()))
+
+
+def score(runner: Any, split: str) -> float:
+    return float(METRICS.get("spearman")(Subject(runner, request(split)), Spearman()))
+
+
+class Drift:
+    """How far the embeddings of a split's sentences are from the dense model's: |E - E_dense| / |E_dense|, Frobenius norms."""
+
+    def __init__(self, dense: Any, split: str) -> None:
+        self.request = request(split)
+        rows = read_rows(self.request.path, COLUMNS)
+        self.texts = list(dict.fromkeys(str(row["sentence1"]) for row in rows))
+        self.dense = embeddings(dense, self.texts, self.request)
+
+    def of(self, runner: Any) -> float:
+        return float((embeddings(runner, self.texts, self.request) - self.dense).norm() / self.dense.norm())
 
 
 def main() -> None:
