@@ -58,8 +58,9 @@ def split(target: Target, variant: LowRankPlusRest) -> LinearMap:
     W, norm = target.weight, target.norm
     Q = torch.zeros_like(W)
     best: tuple[float, LinearMap] | None = None
-    for _ in range(variant.iterations):
-        B, A = ordered_terms(W - Q, norm.left, norm.right, variant.rank, torch.float64).product(variant.rank)
+    for turn in range(variant.iterations):
+        terms = ordered_terms(W - Q, norm.left, norm.right, variant.rank, torch.float64) if turn else target.terms
+        B, A = (factor.double() for factor in terms.product(variant.rank))
         product = packed_product(target, B, A, W - Q, variant.factors)
         rest = W - product.exact().weight
         found = packed(rest, target.feedback, variant.form, target.dtype, target.entries)
