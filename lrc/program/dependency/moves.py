@@ -185,7 +185,8 @@ def _jointly(value: Axes, dim: int) -> list[int]:
 
 @rule(aten.constant_pad_nd.default, aten.pad.default)
 def pad(flow: Flow, node: fx.Node) -> Value:
-    """Put entries around a value: those along a labelled dimension may be cut, as whatever they meet is."""
+    """Put entries around a value: constants along a labelled dimension may be cut, as whatever they meet is."""
+    constant = node.target is aten.constant_pad_nd.default or flow.arguments(node, ["mode"])["mode"] == "constant"
     value, shape = flow.axes(node.args[0]), flow.shape(node)
     widths: list[Any] = list(node.args[1])  # type: ignore[arg-type]  # a list
     ledger = flow.ledger
@@ -196,7 +197,8 @@ def pad(flow: Flow, node: fx.Node) -> Value:
         if part is None or (before, after) == (0, 0):
             continue
         if (
-            len(part.dims) > 1
+            not constant
+            or len(part.dims) > 1
             or not isinstance(value.shape[dim], int)
             or not isinstance(before, int)
             or not isinstance(after, int)
