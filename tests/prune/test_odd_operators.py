@@ -100,3 +100,14 @@ def test_linears_behind_a_recurrence_are_cut() -> None:
     made = cut(nn.Identity(), Read(), nn.Identity(), x)
     assert made.sites["between.up"].out_features == 5
     assert made(torch.randn(3, 4, 8))["output"].shape == (3, 4, 3)
+
+
+def test_an_empty_rest_of_what_is_turned_ties_nothing() -> None:
+    """As of Phi-3, which turns all features of a head and joins them to the none that it does not."""
+
+    def turned(h: Tensor) -> Tensor:
+        heads = h.view(2, 5, 4, 2)
+        return torch.cat([heads[..., :2] * 2, heads[..., 2:]], -1).flatten(2)
+
+    made = cut(nn.Linear(6, 8), turned, nn.Linear(8, 5), torch.randn(2, 5, 6))
+    assert made.sites["first"].out_features == 4

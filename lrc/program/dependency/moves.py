@@ -156,7 +156,8 @@ def stack(flow: Flow, node: fx.Node) -> Value:
 
 
 def joined_along(flow: Flow, node: fx.Node, values: list[Axes], dim: int, shape: tuple[Any, ...]) -> Axes:
-    """Return values behind one another along `dim`; in all other dimensions they are cut together."""
+    """Return values behind one another along `dim`; in all other dimensions they are cut together. Empty ones add nothing."""
+    values = [value for value in values if not (isinstance(value.shape[dim], int) and value.shape[dim] == 0)]
     ledger, reason = flow.ledger, f"{flow.named(node)} joins it to what cannot be cut"
     if not all(isinstance(value.shape[dim], int) for value in values):
         values = [ledger.collapsed(value, [dim], reason) for value in values]
