@@ -12,6 +12,7 @@ from lrc.program.recurrent_modules import MappedGRU, MappedLSTM, MappedRNN
 OWNERS: Mapping[type[nn.Module], Callable[[Any], Any]] = {
     nn.MultiheadAttention: MappedAttention.of, nn.LSTM: MappedLSTM.of, nn.GRU: MappedGRU.of, nn.RNN: MappedRNN.of,
 }  # fmt: skip
+GEOMETRY = ("kernel_size", "stride", "padding", "dilation")
 MAPPED = (MappedAttention, MappedLSTM, MappedGRU, MappedRNN)
 
 
@@ -35,7 +36,9 @@ def place(model: nn.Module, fqn: str, made: nn.Module) -> None:
     """
     owner, _, name = fqn.rpartition(".")
     if not owned(model, fqn):
-        made.train(model.get_submodule(fqn).training)
+        replaced = model.get_submodule(fqn)
+        made.train(replaced.training)
+        _tell_geometry(made, replaced)
         model.set_submodule(fqn, made)
         return
     parent: Any = model.get_submodule(owner)
@@ -49,6 +52,13 @@ def place(model: nn.Module, fqn: str, made: nn.Module) -> None:
     assert isinstance(made, LinearMap), "a weight's place takes a map"
     made.train(parent.training)
     parent.put(name, made)
+
+
+def _tell_geometry(made: nn.Module, replaced: nn.Module) -> None:
+    """Let a map tell what code that pads by itself (MobileNet) reads of the convolution in whose place it is."""
+    for name in GEOMETRY if isinstance(replaced, nn.Conv1d | nn.Conv2d | nn.Conv3d) else ():
+        if not hasattr(made, name):
+            setattr(made, name, getattr(replaced, name))
 
 
 def _is_bank(parent: nn.Module, name: str) -> bool:

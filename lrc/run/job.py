@@ -253,7 +253,7 @@ def calibration_request(program: Program, document: Document, base: Path, *, all
         raise UsageError(
             "calibration",
             message="a pass needs sample inputs, and the spec has no `calibration`",
-            hint="Add `calibration: {dataset: FILE}`, or choose `solver: svd`, which needs none",
+            hint="Add `calibration: {dataset: FILE}`, or choose `solver: svd` (`criterion: magnitude`), which needs none",
         )
     return Request(
         dataset=spec.dataset, inputs=list(program.inputs.examples), task=program.task, tokenizer=program.origin.folder,

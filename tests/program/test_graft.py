@@ -43,6 +43,25 @@ def test_a_layer_whose_weight_the_models_code_looks_at_runs(captured: Get) -> No
         assert_agree(graft(program)(**inputs, use_cache=False).logits, program(**inputs)["logits"])
 
 
+def test_code_that_pads_by_a_convolutions_stride_and_kernel_runs() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 6, 3, stride=2), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            pad = self.conv.kernel_size[0] - self.conv.stride[0]
+            assert (self.conv.dilation, self.conv.padding) == ((1, 1), (0, 0))
+            return self.head(self.conv(nn.functional.pad(x, (0, pad, 0, pad))).mean((2, 3)))
+
+    x = torch.randn(2, 3, 8, 8)
+    program = capture_module(Padded().eval(), [x])
+    program.replace("conv", program.sites["conv"].map)
+    with torch.no_grad():
+        assert_agree(graft(program)(x), program(x)["output"])
+        assert_agree(graft(program, graft(program))(x), program(x)["output"])
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_generating_with_and_without_a_cache_gives_the_same_tokens(name: str, captured: Get) -> None:
     program = factorized(captured(name).program)

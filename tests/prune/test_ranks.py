@@ -9,7 +9,7 @@ from lrc_passes.pruners.ranks import components, suffix_losses
 from torch import Tensor, nn
 
 import lrc
-from lrc.errors import SpecError
+from lrc.errors import SolverError, SpecError
 from lrc.maps import Chain, Conv, Dense, Gate, Geometry, LinearMap, Lookup, Scale, Sum, frozen_base
 from lrc.program import Program
 from lrc.run import Keep
@@ -175,3 +175,11 @@ def test_adapters_stay_adapters(tmp_path: Path) -> None:
     done = pruned(program)
     assert done.program.adapters["0"].rank == 2
     assert done.program.adapters["0"].method == "sora"
+
+
+@pytest.mark.parametrize("criterion", ["singular", "order"])
+def test_factors_that_are_not_finite_are_refused(criterion: str) -> None:
+    A = randn(6, 24)
+    A[2, 3] = torch.inf
+    with pytest.raises(SolverError, match=r"A of Chain.*expected finite numbers, got 0 NaN and 1 infinite"):
+        pruned(program_of(Chain(randn(16, 6), A)), criterion=criterion, rank=2)

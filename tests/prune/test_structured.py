@@ -13,7 +13,7 @@ from nets import image_program, masked, net
 from torch import Tensor, nn
 
 import lrc
-from lrc.errors import SpecError, UsageError
+from lrc.errors import SolverError, SpecError, UsageError
 from lrc.measure.gates import by_gates
 from lrc.program.capture import capture_module
 from lrc.program.dependency import Group, Member, find_groups
@@ -213,6 +213,16 @@ def test_impossible_and_unclear_amounts_are_refused() -> None:
         pruned(amount={"width": 0.5})
     with pytest.raises(SpecError, match="magnitude"):
         pruned(amount={"width_kept": 0.5}, criterion="size")
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_scores_that_are_not_finite_put_units_in_no_order(criterion: str) -> None:
+    model = net("residual")
+    assert isinstance(model.a2, nn.Conv2d)
+    with torch.no_grad():
+        model.a2.weight[3, 2] = torch.nan
+    with pytest.raises(SolverError, match=f"the scores of .* by {criterion}: expected finite numbers"):
+        pruned(model, criterion=criterion, amount={"width_kept": 0.5})
 
 
 def test_nothing_to_cut_is_said() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lrc
-from lrc.errors import SpecError
+from lrc.errors import SolverError, SpecError
 from lrc.maps import Sparse
 
 
@@ -119,3 +119,19 @@ def test_what_would_not_be_smaller_and_what_is_no_linear_stays() -> None:
 def test_amounts_are_said_once(method: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match=r"passes\.0"):
         pruned(**method)
+
+
+@pytest.mark.parametrize("method", [{"density": 0.02}, {"density": 0.5, "pattern": "64x64"}])
+def test_a_density_that_leaves_nothing_keeps_the_weight_with_the_reason(method: dict[str, Any]) -> None:
+    done = pruned(**method)
+    kept = {d.sites[0]: d.keep or "" for d in done.plan.decisions}
+    assert f"a density of {method['density']:g} leaves nothing of Dense[48,32]" in kept["0"]
+    torch.testing.assert_close(done.module(inputs()), net()(inputs()))
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    model = net()
+    with torch.no_grad():
+        model[0].weight[2, 3] = torch.nan
+    with pytest.raises(SolverError, match="the scores of 0 by magnitude: expected finite numbers, got 1 NaN"):
+        pruned(density=0.3, model=model)

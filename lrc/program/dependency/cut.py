@@ -55,10 +55,12 @@ def cut_units(program: Program, groups: Groups, gone: Mapping[str, Array], by: s
         if slot[0] == "tensor" and not alive[labels].all():
             _cut_tensor(program, slot[1], int(slot[2]), torch.from_numpy(np.flatnonzero(alive[labels])))
     changes: dict[str, dict[int, int]] = {}
+    edited = []
     for node in program.graph_module.graph.nodes:
         if node.op == "call_function" and node.target in EDITS and sizes.changed(node):
             before = numbers_in(node)
             EDITS[node.target](node, sizes)
+            edited.append(node)
             changes.setdefault(module_of(node), {}).update(zip(before, numbers_in(node), strict=False))
     for group in groups.groups:  # numbers of units are sizes too, where the graph has them times another alone
         for own in (changes.get(fqn.rpartition(".")[0]) for fqn in group.sites if len(gone.get(group.name, ()))):
@@ -66,7 +68,7 @@ def cut_units(program: Program, groups: Groups, gone: Mapping[str, Array], by: s
                 own.setdefault(group.units, group.units - len(gone[group.name]))
     program.settle()
     try:
-        refresh_values(program)
+        refresh_values(program, edited)
     except Exception as error:  # torch raises many kinds
         raise SiteError(
             ", ".join(gone), message=f"the graph does not fit together without them: {str(error).splitlines()[0]}",
@@ -181,6 +183,15 @@ def _unflatten(node: fx.Node, sizes: Sizes) -> None:
     dim = int(node.args[1]) % len(before.shape)  # type: ignore[arg-type]  # an int
     new = [sizes.size(axes, dim + i) if isinstance(size, int) and size >= 0 else size for i, size in enumerate(asked)]
     node.args = (node.args[0], node.args[1], new)
+
+
+@edit(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def _squeeze(node: fx.Node, sizes: Sizes) -> None:
+    """Name the dimensions that it drops, so that one of which a single index stays is not among them."""
+    before = sizes.axes(node.args[0])
+    named: Any = node.args[1] if len(node.args) > 1 else range(len(before.shape))
+    dims = {dim % len(before.shape) for dim in ([named] if isinstance(named, int) else named)}
+    node.target, node.args = aten.squeeze.dims, (node.args[0], [dim for dim in sorted(dims) if not before.wide(dim)])
 
 
 @edit(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)

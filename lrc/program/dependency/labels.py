@@ -82,7 +82,9 @@ class Ledger:
         self.reasons.append((flat, reason, weak))
 
     def joined(self, dims: Sequence[int], labels: Array, *, drawn: bool = False) -> Part | None:
-        """Return the part of some dimensions in any order; those along which nothing changes are left out."""
+        """Return the part of some dimensions in any order; those along which nothing changes are left out, and empty ones."""
+        if not labels.size:
+            return None
         order = np.argsort(dims)
         labels = labels.transpose(order)
         kept = []

@@ -156,7 +156,8 @@ def stack(flow: Flow, node: fx.Node) -> Value:
 
 
 def joined_along(flow: Flow, node: fx.Node, values: list[Axes], dim: int, shape: tuple[Any, ...]) -> Axes:
-    """Return values behind one another along `dim`; in all other dimensions they are cut together."""
+    """Return values behind one another along `dim`; in all other dimensions they are cut together. Empty ones add nothing."""
+    values = [value for value in values if not (isinstance(value.shape[dim], int) and value.shape[dim] == 0)]
     ledger, reason = flow.ledger, f"{flow.named(node)} joins it to what cannot be cut"
     if not all(isinstance(value.shape[dim], int) for value in values):
         values = [ledger.collapsed(value, [dim], reason) for value in values]
@@ -185,7 +186,8 @@ def _jointly(value: Axes, dim: int) -> list[int]:
 
 @rule(aten.constant_pad_nd.default, aten.pad.default)
 def pad(flow: Flow, node: fx.Node) -> Value:
-    """Put entries around a value: those along a labelled dimension may be cut, as whatever they meet is."""
+    """Put entries around a value: constants along a labelled dimension may be cut, as whatever they meet is."""
+    constant = node.target is aten.constant_pad_nd.default or flow.arguments(node, ["mode"])["mode"] == "constant"
     value, shape = flow.axes(node.args[0]), flow.shape(node)
     widths: list[Any] = list(node.args[1])  # type: ignore[arg-type]  # a list
     ledger = flow.ledger
@@ -196,7 +198,8 @@ def pad(flow: Flow, node: fx.Node) -> Value:
         if part is None or (before, after) == (0, 0):
             continue
         if (
-            len(part.dims) > 1
+            not constant
+            or len(part.dims) > 1
             or not isinstance(value.shape[dim], int)
             or not isinstance(before, int)
             or not isinstance(after, int)

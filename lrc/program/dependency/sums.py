@@ -22,7 +22,7 @@ SDPA = aten.scaled_dot_product_attention.default
     "pointwise", aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.clone.default,
     aten.contiguous.default, aten.detach.default, aten.alias.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device,
     aten._to_copy.default, aten.lift_fresh_copy.default, aten.type_as.default, aten.relu6.default, aten.selu.default,
-    aten.prelu.default, aten.rrelu.default, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther,
+    aten.rrelu.default, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther,
     aten.where.ScalarSelf, aten.where.Scalar, aten.zeros_like.default,
     aten.ones_like.default, aten.hardswish_.default, aten.hardsigmoid.default, *ELEMENTWISE,
 )  # fmt: skip
@@ -123,18 +123,34 @@ def group_norm(flow: Flow, node: fx.Node) -> Value:
     return Axes(flow.shape(node), value.parts)
 
 
-@rule(
-    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool1d.default, aten.avg_pool2d.default,
-    aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool3d.default, aten.adaptive_max_pool2d.default, aten.max_pool2d_with_indices.default,
-    aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_nearest2d.default,
-    aten.upsample_bilinear2d.default,
-)  # fmt: skip
+@rule(aten.prelu.default)
+def prelu(flow: Flow, node: fx.Node) -> Value:
+    """Work on every entry alone, with one stored slope, or one for each channel."""
+    value, slopes = flow.axes(node.args[0]), node.args[1]
+    if flow.axes(slopes).parts:
+        value, channels = flow.ledger.along(value, 1, f"{flow.named(node)} has a slope for every channel of it")
+        follow(flow, [slopes], channels)
+    return Axes(flow.shape(node), value.parts)
+
+
+POOLS: dict[int, tuple[Any, ...]] = {
+    1: (aten.max_pool1d.default, aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default),
+    2: (
+        aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default,
+        aten.max_pool2d_with_indices.default, aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec,
+        aten.upsample_nearest2d.default, aten.upsample_bilinear2d.default,
+    ),
+    3: (aten.max_pool3d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool3d.default),
+}  # fmt: skip
+POOLED = {target: dims for dims, targets in POOLS.items() for target in targets}
+
+
+@rule(*POOLED)
 def pool(flow: Flow, node: fx.Node) -> Value:
-    """Work on every channel of an image alone."""
+    """Work on every channel of an image alone: over the last dimensions, whether images are in a batch or not."""
     value = flow.axes(node.args[0])
-    value = flow.ledger.collapsed(value, range(2, len(value.shape)), f"{flow.named(node)} is taken over it")
-    return _like(flow, node, value.parts)
+    over = range(len(value.shape) - POOLED[node.target], len(value.shape))
+    return _like(flow, node, flow.ledger.collapsed(value, over, f"{flow.named(node)} is taken over it").parts)
 
 
 @rule(aten.matmul.default, aten.bmm.default)

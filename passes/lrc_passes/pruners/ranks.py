@@ -36,6 +36,7 @@ from lrc.run.pruners import PrunerOptions, pruner
 from lrc.run.selection import select_sites
 from lrc.run.site_pass import carried_out, put
 from lrc.run.summary import summarize
+from lrc.solvers.checks import check_finite
 
 if TYPE_CHECKING:
     from lrc_passes.prune import Prune
@@ -134,7 +135,7 @@ def product_in(made: LinearMap, scale: float = 1.0) -> list[tuple[Chain, float]]
 
 
 def components(made: LinearMap, criterion: str) -> Components | Keep:
-    """Return the components of the one product in a map, or the reason why there are none."""
+    """Return the components of the one product in a map, or the reason why there are none; SolverError if one is not finite."""
     found = product_in(made)
     if len(found) != 1:
         return Keep(f"{'several products' if found else 'no product of two factors'} in {made!r}")
@@ -143,6 +144,8 @@ def components(made: LinearMap, criterion: str) -> Components | Keep:
     if criterion == "gates" and not (middle and isinstance(middle[0], Gate)):
         return Keep(f"no gate in {made!r}")
     B, A = slot_exact(outer).weight, slot_exact(inner).weight
+    for name, factor in (("B", B), ("A", A)):
+        check_finite(f"{name} of {made!r}", factor)
     between = middle[0] if middle else None
     gate = between.diagonal.detach().double() if isinstance(between, Diagonal) else None
     if criterion == "singular":

@@ -14,13 +14,17 @@ from lrc.program.batch_norms import norm_node
 from lrc.program.dependency import Group
 from lrc.run import Session
 from lrc.solvers import Moments
+from lrc.solvers.checks import check_finite
 from lrc.solvers.scores import SCORES, Score
 
 Summed = Mapping[tuple[str, str], Tensor]
 
 
 def unit_scores(program: Program, session: Session, groups: Sequence[Group], criterion: str) -> dict[str, Tensor]:
-    """Return the scores of the units of every group, (units,) float64, not negative. What was measured is cached."""
+    """Return the scores of the units of every group, (units,) float64, not negative. What was measured is cached.
+
+    Raises SolverError where they are not finite, which no order is in.
+    """
     score = SCORES[criterion]
     measured = score.entries is None or score.needs
     key = digest(
@@ -37,6 +41,8 @@ def unit_scores(program: Program, session: Session, groups: Sequence[Group], cri
             normed = {fqn for fqn in fqns if norm_node(program, program.sites[fqn]) is not None}
             stored = {group.name: of_units(group, summed, score, normed) for group in groups}
         session.cache.put(key, stored)
+    for group in groups:
+        check_finite(f"the scores of {group.name} by {criterion}", stored[group.name])
     return dict(stored)
 
 

@@ -12,6 +12,7 @@ from lrc.program import Site
 from lrc.run import Keep, Rewrite, Statistics
 from lrc.run.pruners import PrunerOptions, site_pruner
 from lrc.solvers import Need
+from lrc.solvers.checks import check_finite
 from lrc.solvers.scores import SCORES
 from lrc.solvers.splits.inputs import input_scale
 from lrc.solvers.splits.support import Pattern, density_of, stored_as, strongest
@@ -49,7 +50,7 @@ class Unstructured(PrunerOptions):
 
 @site_pruner(Unstructured)
 def unstructured(site: Site, statistics: Statistics, options: "Prune") -> Rewrite | Keep:
-    """W -> its strongest entries, each as it was.
+    """W -> its strongest entries, each as it was. Raises SolverError for scores that are not finite.
 
     Source of the criterion `wanda`: Sun et al. (2024), arXiv:2306.11695, which compares the entries of a row.
     """
@@ -60,7 +61,11 @@ def unstructured(site: Site, statistics: Statistics, options: "Prune") -> Rewrit
     notes = input_scale(statistics.moments)[1] if Need.INPUTS in method.needs else ()
     entries = SCORES[method.criterion].entries
     assert entries is not None, "its criteria score entries"
-    support = strongest(entries(made.weight.detach(), statistics.moments), method.pattern, method.density or 0.0)
+    scores = entries(made.weight.detach(), statistics.moments)
+    check_finite(f"the scores of {site.fqn} by {method.criterion}", scores)
+    support = strongest(scores, method.pattern, method.density or 0.0)
+    if not support.any():
+        return Keep(f"a density of {method.density:g} leaves nothing of {made!r} by the pattern `{method.pattern}`")
     bias = None if made.bias is None else made.bias.detach()
     sparse = Sparse.of(made.weight.detach(), support, bias, stored_as(method.pattern))
     if sparse.cost().bytes >= made.cost().bytes:
