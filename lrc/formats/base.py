@@ -68,6 +68,11 @@ class NumberFormat(Tagged, ABC):
     def bits_per_weight(self) -> float:
         """Return what a number takes in a large matrix, scales counted, in bits."""
 
+    def stored_bytes(self, shape: tuple[int, int]) -> int:
+        """Return what a matrix (out_features, in_features) takes, padding and scales included, in bytes."""
+        with torch.device("meta"):
+            return sum(tensor.numel() * tensor.element_size() for tensor in self.empty(shape).values())
+
     def rounded(self, weight: Tensor) -> Tensor:
         """Return the nearest matrix that the format can hold, in the dtype of `weight`."""
         shape = (weight.shape[0], weight.shape[1])

@@ -58,17 +58,20 @@ def pack_options(losses: Columns, costs: Columns, amount: float, seconds: float 
     return Packing(places, found.status == 0, found.mip_gap)
 
 
-def cheapest_choice(losses: Columns, costs: Columns, budget: float, *, what: str = "bytes") -> tuple[list[int], str | None]:
+def cheapest_choice(
+    losses: Columns, costs: Columns, budget: float, *, what: str = "bytes", where: str = "budget"
+) -> tuple[list[int], str | None]:
     """Return the place of one option a site such that costs sum to at most `budget` and losses to the least.
 
-    what: the unit of the costs, for messages. The second value is a note where the time did not suffice to prove that nothing
+    what: the unit of the costs, where: the key of the budget, for messages.
+    The second value is a note where the time did not suffice to prove that nothing
     is better. Raises UsageError when even the cheapest options cost too much.
     """
     cheapest = [min(range(len(of_site)), key=of_site.__getitem__) for of_site in costs]
     least = sum(of_site[i] for of_site, i in zip(costs, cheapest, strict=True))
     if least > budget:
         raise UsageError(
-            "budget", expected=f"at least {least:.6g} {what}, what the smallest options need", got=f"{budget:.6g} {what}"
+            where, expected=f"at least {least:.6g} {what}, what the smallest options need", got=f"{budget:.6g} {what}"
         )
     if max(map(max, losses)) <= 0:
         return cheapest, None

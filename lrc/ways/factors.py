@@ -58,7 +58,7 @@ def packed_product(target: Target, B: torch.Tensor, A: torch.Tensor, wanted: tor
     first = packed(A, target.feedback, form, target.dtype, target.feedback.diagonal)
     rounded = first.exact().weight
     inner = rounded @ target.gram @ rounded.T
-    inner.diagonal().add_(1e-6 * inner.diagonal().mean())
+    inner.diagonal().add_(1e-6 * float(inner.diagonal().mean()) or 1.0)  # a weight of zeros has a product of zeros
     fitted = torch.cholesky_solve((wanted @ target.gram @ rounded.T).T, torch.linalg.cholesky(inner)).T
     worth = target.outer[:, None] * inner.diagonal()
     return Chain(packed(fitted, Feedback(inner), form, target.dtype, worth), first)

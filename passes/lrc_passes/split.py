@@ -104,11 +104,15 @@ def chosen_formats(
         for fqn, loss in solved.measured_with(program, session, dict.fromkeys(fqns, way), loss_of).items():
             losses[fqn].append(loss)
     free = [fqn for fqn in fqns if not any(map(math.isinf, losses[fqn]))]
-    numbers = {fqn: program.sites[fqn].out_features * program.sites[fqn].in_features for fqn in free}
-    costs = [[numbers[fqn] * form.bits_per_weight() for form in solver.formats] for fqn in free]
+    if not free:
+        return dict.fromkeys(fqns, options)
+    shapes = [(program.sites[fqn].out_features, program.sites[fqn].in_features) for fqn in free]
+    costs = [[8 * form.stored_bytes(shape) for form in solver.formats] for shape in shapes]
     budget = bits_for(program, options, solver.bits, free)
-    places, note = cheapest_choice([losses[fqn] for fqn in free], costs, budget, what="bits for the rests")
-    spent = sum(cost[place] for cost, place in zip(costs, places, strict=True)) / sum(numbers.values())
+    places, note = cheapest_choice(
+        [losses[fqn] for fqn in free], costs, budget, what="bits for the rests", where="solver.bits"
+    )  # fmt: skip
+    spent = sum(cost[place] for cost, place in zip(costs, places, strict=True)) / sum(map(math.prod, shapes))
     notices = [f"formats: {spent:.3f} bits a number on average", *([note] if note else [])]
     session.notices += [text for text in notices if text not in session.notices]  # applying chooses again
     chosen = {fqn: ways[place] for fqn, place in zip(free, places, strict=True)}

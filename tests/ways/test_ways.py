@@ -62,6 +62,14 @@ def test_an_option_is_a_map_that_is_stored_as_its_structure_says(kind: type[WayO
             assert again.cost() == done.cost()
 
 
+def test_a_weight_of_zeros_has_every_packed_product() -> None:
+    seen, solver = moments(*SHAPE), KfacSolver().settled(logits=False).at("linear")
+    of = Target(kfac(torch.zeros(SHAPE), None, seen, min(SHAPE), solver, torch.Generator()), torch.float32)
+    for of_way, variant in offered():
+        if of_way.type in ("quantized_factors", "split"):
+            assert not made(of_way, variant, of).exact().weight.any()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_loss_is_that_of_the_error_on_the_samples(bias: bool) -> None:
     of, seen = target(bias=bias, focus=0.0, damping_in=0.0, damping_out=0.0), moments(*SHAPE)
