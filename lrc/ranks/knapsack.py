@@ -63,9 +63,8 @@ def cheapest_choice(
 ) -> tuple[list[int], str | None]:
     """Return the place of one option a site such that costs sum to at most `budget` and losses to the least.
 
-    what: the unit of the costs, where: the key of the budget, for messages.
-    The second value is a note where the time did not suffice to prove that nothing
-    is better. Raises UsageError when even the cheapest options cost too much.
+    what: the unit of the costs, where: the key of the budget, for messages. The second value is a note where the time did not
+    suffice to prove that nothing is better. Raises UsageError when even the cheapest options cost too much.
     """
     cheapest = [min(range(len(of_site)), key=of_site.__getitem__) for of_site in costs]
     least = sum(of_site[i] for of_site, i in zip(costs, cheapest, strict=True))
