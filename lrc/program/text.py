@@ -180,7 +180,8 @@ def _trace(made: torch.nn.Module, node: fx.Node) -> fx.Graph:
         mode = getattr(values[0], "fake_mode", None) or FakeTensorMode(allow_non_fake_inputs=True)
         previous, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
         try:
-            _Shapes(fx.GraphModule(made, graph)).run(*values)
+            with mode:  # or torch's linear wants sizes that are numbers, where a constant is given rows that are not contiguous
+                _Shapes(fx.GraphModule(made, graph)).run(*values)
         finally:
             mode.allow_non_fake_inputs = previous
     return graph

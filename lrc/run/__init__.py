@@ -2,7 +2,7 @@
 
 from lrc.run.adapters import Adapted, AdapterOptions, Place, adapter
 from lrc.run.decorators import site_pass
-from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics, pass_for, program_pass
+from lrc.run.passes import PassOptions, ProgramPass, RankedOptions, Rewrite, Statistics, StoredOptions, pass_for, program_pass
 from lrc.run.plan import Decision, Keep, Plan, Summary
 from lrc.run.session import Progress, Session, silent
 
@@ -20,6 +20,7 @@ __all__ = [
     "Rewrite",
     "Session",
     "Statistics",
+    "StoredOptions",
     "Summary",
     "adapter",
     "pass_for",

@@ -59,6 +59,16 @@ class PassOptions(Tagged):
         return patterns
 
 
+class StoredOptions(PassOptions):
+    """What passes have whose maps store a weight in another way, each alone."""
+
+    tied: Literal["keep", "untie"] = Field(
+        default="keep",
+        description="A weight that something else reads too: leave it dense, or give the linear a map of its own beside it, "
+        "which only adds bytes.",
+    )
+
+
 class RankedOptions(PassOptions):
     """A pass whose maps have a rank, chosen from a decomposition of every weight."""
 

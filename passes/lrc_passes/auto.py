@@ -26,7 +26,7 @@ from lrc.measure.operators import NOISE, PRESENT
 from lrc.measure.workload import Workload, rows_per_sample, shapes_at, typical
 from lrc.program import Program
 from lrc.ranks import Allocation, BytesKept, Choice, OptionsCurve, RankField, RankPolicy, Unit, allocate_ranks
-from lrc.run import Decision, PassOptions, ProgramPass, Rewrite, Session
+from lrc.run import Decision, ProgramPass, Rewrite, Session, StoredOptions
 from lrc.run.budget import rest_of, tables_of, warn
 from lrc.run.points import drawn
 from lrc.run.selection import Selected, select_sites
@@ -42,7 +42,7 @@ from lrc.ways import WAYS_BY_DEFAULT, WayOptions
 LARGE = 2**20, 2**20  # a shape at which every option that there can be is one
 
 
-class Auto(PassOptions):
+class Auto(StoredOptions):
     """Choose for every weight among all other passes, under one budget."""
 
     type: Literal["auto"] = "auto"
@@ -59,9 +59,6 @@ class Auto(PassOptions):
         default=KfacSolver(), description="Whose norm measures losses and fits products: `kfac`, or a mapping with that type."
     )
     at: Workload = Field(default=Workload(), description="Shapes that a budget of time counts at.")
-    tied: Literal["keep", "untie"] = Field(
-        default="keep", description="A weight that something else reads too: leave it dense, or give the linear its own."
-    )
 
     @model_validator(mode="after")
     def _budget_and_norm(self) -> Self:

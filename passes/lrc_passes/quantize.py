@@ -4,7 +4,7 @@
     Chain(B, A)  ->  Chain(Quantized(B), Quantized(A)), and so on for sums and scales
     Lookup and convolutions stay: their forms have no product that reads packed weights
 
-A site that is quantised already stays as it is.
+A site that is quantised already stays as it is, and so does a weight that something else reads too, unless `tied: untie`.
 """
 
 from typing import Literal
@@ -17,14 +17,15 @@ from lrc.formats import FORMATS, FormatField, NumberFormat
 from lrc.maps import Chain, Composite, Dense, LinearMap, Quantized, rebuilt
 from lrc.maps.base import Slot, slot_exact
 from lrc.program import Site
-from lrc.run import Keep, PassOptions, Rewrite, Statistics, site_pass
+from lrc.run import Keep, Rewrite, Statistics, StoredOptions, site_pass
 from lrc.solvers import Need
+from lrc.solvers.checks import check_finite
 from lrc.solvers.feedback import Feedback
 
 DAMPING = 0.01  # of the mean of the diagonal, as GPTQ has it
 
 
-class Quantize(PassOptions):
+class Quantize(StoredOptions):
     """Store weights in few bits."""
 
     type: Literal["quantize"] = "quantize"
@@ -45,7 +46,12 @@ class Quantize(PassOptions):
 
 @site_pass(Quantize)
 def quantize(site: Site, statistics: Statistics, options: Quantize) -> Rewrite | Keep:
-    """Every matrix of the site's map -> one in the format, the nearest or that with error feedback; biases stay."""
+    """Every matrix of the site's map -> one in the format, the nearest or that with error feedback; biases stay.
+
+    Raises SolverError for weights that are not finite, of which one would spoil the scales of all.
+    """
+    for name, tensor in site.map.named_parameters():
+        check_finite(f"{site.fqn}: {name}", tensor.detach())
     gram = damped(statistics.moments.gram) if options.rounding == "feedback" else None
     made = in_few_bits(site.map, options.format, gram)
     if made is None:

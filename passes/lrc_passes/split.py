@@ -18,8 +18,9 @@ from lrc.maps import Chain, LinearMap, Quantized, Rows, Scale, Sparse, SparseLow
 from lrc.program import Program, Site
 from lrc.ranks import FixedRank, ParamsKept, RankField
 from lrc.ranks.knapsack import cheapest_choice
-from lrc.run import Keep, PassOptions, Rewrite, Session, Statistics
+from lrc.run import Keep, Rewrite, Session, Statistics, StoredOptions
 from lrc.run.solved_pass import SolvedPass, solved_pass
+from lrc.solvers.checks import check_finite
 from lrc.solvers.splits import LqSplitter, QuantizedOptions, SparseOptions, SplitterOptions
 from lrc.solvers.splits import Split as SplitParts
 from lrc.solvers.splits.bits import BitsBudget
@@ -27,7 +28,7 @@ from lrc.solvers.splits.support import density_of, stored_as
 from lrc.spec.registry import SPLITTERS, Registered
 
 
-class Split(PassOptions):
+class Split(StoredOptions):
     """Split dense weights into a low-rank product and a sparse or quantised rest."""
 
     type: Literal["split"] = "split"
@@ -185,10 +186,11 @@ def product_of(found: SplitParts) -> LinearMap:
 
 
 def parts(site: Site, statistics: Statistics, options: Split, generator: torch.Generator) -> SplitParts | Keep:
-    """Return the parts that the splitter finds for a site, or the reason why there are none."""
+    """Return the parts that the splitter finds, or why there are none. SolverError for a weight that is not finite."""
     if not isinstance(site.layout, Rows) or site.fqn in site.program.maps:
         return Keep(f"only dense linear weights are split, this is {site.map!r}")
     weight = site.map.dense().weight
+    check_finite("weight", weight)
     wanted = shares(options, site.out_features, site.in_features)
     if isinstance(options.rank, FixedRank) and options.rank.rank > min(weight.shape):
         return Keep(f"rank {options.rank.rank} is more than the smaller side of {site.out_features} x {site.in_features}")

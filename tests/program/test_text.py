@@ -11,7 +11,8 @@ import torch
 from models import Captured, exact_pivoted, low_rank, perceptron
 from torch import Tensor, nn
 
-from lrc.maps import Dense, Sum
+from lrc.formats import FORMATS
+from lrc.maps import Dense, Quantized, Sum
 from lrc.program import Program
 from lrc.program.capture import capture_module
 
@@ -136,3 +137,18 @@ def test_every_input_and_output_has_a_line_of_its_own_name() -> None:
         "%1: f32[batch, 2] = mul(%a, %b)",
         "return sum=%0, product=%1, a=%a",
     ]
+
+
+def test_packed_weights_that_read_rows_which_are_not_contiguous_have_a_text() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv1d(48, 48, 3, padding=1, groups=4), nn.Linear(48, 40, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.conv(x).transpose(1, 2))
+            return logits
+
+    turned = capture_module(Turned(), (torch.randn(2, 48, 6),))
+    turned.replace("head", Quantized.of(turned.map_of("head").dense().weight, FORMATS["int4"]))
+    assert any(line.endswith("# head") and "linear" in line for line in str(turned).splitlines())

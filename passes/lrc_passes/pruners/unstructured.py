@@ -58,6 +58,8 @@ def unstructured(site: Site, statistics: Statistics, options: "Prune") -> Rewrit
     assert isinstance(method, Unstructured), "the registry finds the method by its options"
     if not isinstance(made, Dense):
         return Keep(f"only dense linear weights lose single entries, this is {made!r}")
+    if site.tied and site.fqn not in site.program.maps:
+        return Keep(f"tied: {', '.join(site.tied)} reads the same weight, which would stay beside the entries")
     notes = input_scale(statistics.moments)[1] if Need.INPUTS in method.needs else ()
     entries = SCORES[method.criterion].entries
     assert entries is not None, "its criteria score entries"
