@@ -26,7 +26,7 @@ import bench_stories260k
 import torch
 from bench_minilm_quality import LAYERS, Drift, score, sentences
 from bench_smollm2 import perplexity
-from bytes_report import plot, table
+from bytes_report import plot, scores_of, table
 from common import WORK, minilm, shared, show, smollm2
 
 import lrc
@@ -176,8 +176,9 @@ def main() -> None:
                         runner.auto(f"auto = {way}", row["kept"], seed)
                 for kept in options.auto:
                     runner.auto(f"auto {kept:g}", kept, seed)
-                if options.plot:
-                    beside(options.plot, model).write_text(plot(model, runner.rows, options.only), encoding="utf-8")
+                for score in scores_of(runner.rows) if options.plot else ():
+                    path = beside(options.plot, model if score == "quality" else f"{model}-{score}")
+                    path.write_text(plot(model, runner.rows, options.only, score), encoding="utf-8")
                 if options.table:
                     beside(options.table, model).write_text(table(runner.rows), encoding="utf-8")
     for model, runner in runs.items():

@@ -9,21 +9,30 @@ from lrc.report.svg import Axis, Series, chart
 HUGE = 30.0
 
 
-def plot(model: str, rows: list[dict[str, Any]], ways: Sequence[str]) -> str:
-    """Return the chart of mean quality against size. A perplexity of more than HUGE times the dense one is left out."""
-    dense = next(row["quality"] for row in rows if row["way"] == "dense")
-    means = {way: mean_of(rows, way) for way in dict.fromkeys(row["way"] for row in rows) if way != "dense"}
-    out = [] if model == "minilm" else [way for way, mean in means.items() if mean["quality"] > HUGE * dense]
+def scores_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what models are judged by in these rows."""
+    return [name for name in ("quality", "drift") if name in rows[0]]
+
+
+def plot(model: str, rows: list[dict[str, Any]], ways: Sequence[str], score: str = "quality") -> str:
+    """Return the chart of a mean score against size. A perplexity of more than HUGE times the dense one is left out."""
+    dense = next(row[score] for row in rows if row["way"] == "dense")
+    names = dict.fromkeys(row["way"] for row in rows if row["way"] != "dense" and score in row)
+    means = {way: mean_of(rows, way, score) for way in names}
+    perplexity = model != "minilm"
+    out = [way for way, mean in means.items() if mean[score] > HUGE * dense] if perplexity else []
     means = {way: mean for way, mean in means.items() if way not in out}
-    series = [Series("auto", sorted((m["mb"], m["quality"]) for way, m in means.items() if way.startswith("auto")))]
+    series = [Series("auto", sorted((m["mb"], m[score]) for way, m in means.items() if way.startswith("auto")))]
     for family in dict.fromkeys(map(family_of, ways)):
         members = [way for way in ways if family_of(way) == family and way in means]
-        points = [(means[way]["mb"], means[way]["quality"]) for way in members]
+        points = [(means[way]["mb"], means[way][score]) for way in members]
         series.append(Series(family, points, line=False, labels=members))
-    name = "Spearman on STS-B dev" if model == "minilm" else "perplexity"
-    title = f"{model}: {name} against the size of its blocks' linears; dense {dense}"
+    spearman = "perplexity" if perplexity else "Spearman on STS-B dev"
+    name = "distance of embeddings from the dense model's" if score == "drift" else spearman
+    title = f"{model}: {name} against the size of its blocks' linears"
+    title += f"; dense {dense}" if score == "quality" else ""
     title += f"; off the chart: {', '.join(out)}" if out else ""
-    return chart(series, Axis("MB", log=True), Axis(name, log=model != "minilm"), title, alone=True)
+    return chart(series, Axis("MB", log=True), Axis(name, log=perplexity or score == "drift"), title, alone=True)
 
 
 def family_of(way: str) -> str:
@@ -37,7 +46,7 @@ def family_of(way: str) -> str:
 
 
 def mean_of(rows: list[dict[str, Any]], way: str, score: str = "quality") -> dict[str, float]:
-    found = [row for row in rows if row["way"] == way]
+    found = [row for row in rows if row["way"] == way and score in row]
     values = [row[score] for row in found]
     spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return {"mb": statistics.mean(row["mb"] for row in found), score: statistics.mean(values), "error": spread}
@@ -45,7 +54,7 @@ def mean_of(rows: list[dict[str, Any]], way: str, score: str = "quality") -> dic
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a line for every way: size, the mean of every score with its standard error, and `auto` at the same bytes."""
-    scores = [name for name in ("quality", "drift") if name in rows[0]]
+    scores = scores_of(rows)
     lines = [
         "| way | MB |" + "".join(f" {score} | auto, same bytes |" for score in scores),
         "|---|---|" + "---|---|" * len(scores),
