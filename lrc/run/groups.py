@@ -16,13 +16,14 @@ from lrc.errors import SolverError, UsageError
 from lrc.maps import Chain, Dense, LinearMap, Pick, Spread
 from lrc.maps.layouts import Rows
 from lrc.measure import digest
-from lrc.program import Program, Site
+from lrc.program import Program
 from lrc.program.alike import alike, is_added_back
 from lrc.program.modules import linked_sites
 from lrc.ranks import FixedRank, GroupCurve, Unit
 from lrc.run.plan import Summary
 from lrc.run.session import Session
 from lrc.run.statistics import generator_for, solve_all
+from lrc.run.summary import stays
 from lrc.solvers import LOSS_UNIT, Grouping, GroupOptions, GroupTerms, Member, Part, Places, WeightGroup
 from lrc.solvers.groups import multiplied, stored_size
 from lrc.spec.registry import SOLVERS
@@ -197,11 +198,6 @@ def weight_of(program: Program, fqn: str) -> tuple[Tensor, Tensor | None]:
     """Return the dense weight and bias at a site."""
     weight, bias = program.sites[fqn].map.dense()
     return weight, bias
-
-
-def stays(site: Site) -> bool:
-    """Say whether the site's weight goes on being read by something else when a map takes its place."""
-    return site.fqn not in site.program.maps and bool(site.tied)
 
 
 def most_terms(options: Any) -> int | None:

@@ -11,6 +11,7 @@ from lrc.ranks import SiteCurve
 from lrc.run.budget import costs
 from lrc.run.plan import Decision, Point
 from lrc.run.session import Session
+from lrc.run.summary import stays
 
 Total = Callable[[Sequence[Decision]], float | None]
 
@@ -81,7 +82,7 @@ def difference(program: Program, decisions: Sequence[Decision]) -> tuple[int, in
         numbers += d.after.parameters - d.before.parameters
         size += d.after.bytes - d.before.bytes
         for site in (program.sites[fqn] for fqn in d.sites):
-            if site.fqn not in program.maps and site.tied and d.keep is None:
+            if stays(site) and d.keep is None:
                 cost = site.map.cost(1)
                 numbers, size = numbers + cost.parameters, size + cost.bytes
     return numbers, size

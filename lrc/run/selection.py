@@ -7,6 +7,7 @@ from lrc.errors import SiteError, UsageError
 from lrc.program import Program
 from lrc.program.routing import routes
 from lrc.run.session import Session
+from lrc.run.summary import stays
 from lrc.spec.patterns import Candidate, select
 
 EVERYTHING = "**"  # the bare pattern leaves embeddings: nobody wants them changed without having named them
@@ -55,7 +56,7 @@ def _tied(program: Program, fqn: str, options: Any) -> str | None:
     """Return the reason to keep a site whose weight something else reads, as the pass's `tied` option says."""
     readers = ", ".join(program.sites[fqn].tied)
     policy = getattr(options, "tied", "untie")
-    if not readers or policy == "untie" or fqn in program.maps:
+    if policy == "untie" or not stays(program.sites[fqn]):
         return None
     if policy == "error":
         raise SiteError(

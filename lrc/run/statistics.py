@@ -13,6 +13,7 @@ from lrc.measure import Cache, digest
 from lrc.program import Site
 from lrc.ranks import ProductForm, SiteCurve
 from lrc.run.fronts import Choices, fronts, key_of, look
+from lrc.run.summary import stays
 from lrc.solvers import LOSS_UNIT, Decomposition, Moments
 
 T = TypeVar("T")
@@ -105,7 +106,6 @@ class Terms:
 def outline_of(site: Site, form: str, ranks: int) -> SiteCurve:
     """Return the curve of a site as far as its shape tells: products of up to so many ranks, without losses."""
     now, bias = site.map.cost(1), site.map.bias_cost(1)
-    stays = site.fqn not in site.program.maps and bool(site.tied)  # what else reads the weight goes on reading it
     return SiteCurve(
         name=site.fqn,
         out_features=site.out_features,
@@ -119,7 +119,7 @@ def outline_of(site: Site, form: str, ranks: int) -> SiteCurve:
         looked_up=site.layout.looked_up,
         now={
             "numbers": now.parameters - bias.parameters,
-            "bytes": 0 if stays else now.bytes - bias.bytes,
+            "bytes": 0 if stays(site) else now.bytes - bias.bytes,
             "flops": now.flops - bias.flops,
         },
         groups=site.layout.groups,

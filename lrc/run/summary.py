@@ -25,6 +25,11 @@ def standing(site: Site) -> Summary:
     return untouched(layout, site.shape, site.dtype, site.uses[0].bias is not None)
 
 
+def stays(site: Site) -> bool:
+    """Say whether the site's weight goes on being read by something else when a map takes its place."""
+    return site.fqn not in site.program.maps and bool(site.tied)
+
+
 @lru_cache(maxsize=256)
 def untouched(layout: Layout, shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> Summary:
     """Return the text and cost of what a model stores in this layout."""

@@ -11,6 +11,7 @@ from lrc.maps import Dense, Sparse
 from lrc.program import Site
 from lrc.run import Keep, Rewrite, Statistics
 from lrc.run.pruners import PrunerOptions, site_pruner
+from lrc.run.summary import stays
 from lrc.solvers import Need
 from lrc.solvers.checks import check_finite
 from lrc.solvers.scores import SCORES
@@ -58,7 +59,7 @@ def unstructured(site: Site, statistics: Statistics, options: "Prune") -> Rewrit
     assert isinstance(method, Unstructured), "the registry finds the method by its options"
     if not isinstance(made, Dense):
         return Keep(f"only dense linear weights lose single entries, this is {made!r}")
-    if site.tied and site.fqn not in site.program.maps:
+    if stays(site):
         return Keep(f"tied: {', '.join(site.tied)} reads the same weight, which would stay beside the entries")
     notes = input_scale(statistics.moments)[1] if Need.INPUTS in method.needs else ()
     entries = SCORES[method.criterion].entries
